@@ -38,6 +38,9 @@
 
 pub mod canonical;
 pub mod checkpoint;
+pub mod compare;
+pub mod container;
+pub mod digest;
 pub mod gguf;
 pub mod model_bin;
 pub mod mxfp4;
@@ -45,6 +48,7 @@ pub mod output;
 pub mod progress;
 pub mod rules;
 pub mod tokenizer;
+pub mod unpack;
 pub mod violation;
 pub mod vocabulary;
 

@@ -1,14 +1,14 @@
-//! Output files that appear whole or not at all.
+//! Output files and folders that appear whole or not at all.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use tempfile::{Builder, NamedTempFile, TempPath};
+use tempfile::{Builder, NamedTempFile, TempDir, TempPath};
 
 use crate::{Error, Result};
 
-/// Temporary files that exist now, for [`remove_pending`].
+/// Temporary files and folders that exist now, for [`remove_pending`].
 static PENDING: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 /// A file that is written beside its target and takes the target's name when it is complete.
@@ -34,16 +34,9 @@ impl Output {
                 target.display()
             )));
         }
-        let folder = match target.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        let mut builder = Builder::new();
-        builder.prefix(".modelbin-").suffix(".partial");
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask, as for any new file
+        let folder = parent(target);
         let (file, temporary) =
-            builder.tempfile_in(folder).map(NamedTempFile::into_parts).map_err(Error::io(folder))?;
+            builder(0o666).tempfile_in(folder).map(NamedTempFile::into_parts).map_err(Error::io(folder))?;
         with_pending(|pending| pending.push(temporary.to_path_buf()));
         Ok(Output { file, temporary: Some(temporary), target: target.to_path_buf() })
     }
@@ -64,7 +57,7 @@ impl Output {
         let Some(temporary) = self.temporary.take() else { return Ok(()) };
         let path = temporary.to_path_buf();
         let persisted = temporary.persist(&self.target);
-        with_pending(|pending| pending.retain(|other| *other != path));
+        forget(&path);
         persisted.map_err(|failure| Error::Io { path: self.target.clone(), source: failure.error })
     }
 }
@@ -72,21 +65,92 @@ impl Output {
 impl Drop for Output {
     fn drop(&mut self) {
         if let Some(temporary) = &self.temporary {
-            let path = temporary.to_path_buf();
-            with_pending(|pending| pending.retain(|other| *other != path));
+            forget(temporary);
         }
     }
 }
 
-/// Removes the temporary files of every unfinished [`Output`] of this process. For a program that is about to end
-/// because of a signal, when nothing is dropped any more.
+/// A folder that is filled beside its target and takes the target's name when it is complete.
+#[derive(Debug)]
+pub struct OutputFolder {
+    temporary: Option<TempDir>,
+    target: PathBuf,
+}
+
+impl OutputFolder {
+    /// Starts a folder that will be `target`.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where the target is there and is anything but an empty folder: nothing is mixed with what
+    /// was there or replaced.
+    pub fn create(target: &Path) -> Result<OutputFolder> {
+        let empty = |path: &Path| fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
+        if fs::symlink_metadata(target).is_ok_and(|metadata| !metadata.is_dir() || !empty(target)) {
+            return Err(Error::Unsupported(format!(
+                "{} is there and is not an empty folder; name another output, or remove it",
+                target.display()
+            )));
+        }
+        let folder = parent(target);
+        let temporary = builder(0o777).tempdir_in(folder).map_err(Error::io(folder))?;
+        with_pending(|pending| pending.push(temporary.path().to_path_buf()));
+        Ok(OutputFolder { temporary: Some(temporary), target: target.to_path_buf() })
+    }
+
+    /// Where to put the contents.
+    pub fn path(&self) -> &Path {
+        self.temporary.as_ref().map_or(&self.target, TempDir::path)
+    }
+
+    /// Gives the folder its name.
+    pub fn finish(mut self) -> Result<()> {
+        let Some(temporary) = self.temporary.take() else { return Ok(()) };
+        // Renaming over an empty folder is an error on some systems.
+        let _ = fs::remove_dir(&self.target);
+        fs::rename(temporary.path(), &self.target).map_err(Error::io(&self.target))?;
+        forget(&temporary.keep());
+        Ok(())
+    }
+}
+
+impl Drop for OutputFolder {
+    fn drop(&mut self) {
+        if let Some(temporary) = &self.temporary {
+            forget(temporary.path());
+        }
+    }
+}
+
+/// Removes the temporary files and folders of every unfinished output of this process. For a program that is about to
+/// end because of a signal, when nothing is dropped any more.
 pub fn remove_pending() {
     with_pending(|pending| {
         for path in pending.drain(..) {
             // It may have been renamed or removed this instant; there is nobody left to tell.
-            let _ = fs::remove_file(path);
+            let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
         }
     });
+}
+
+fn builder(mode: u32) -> Builder<'static, 'static> {
+    let mut builder = Builder::new();
+    builder.prefix(".modelbin-").suffix(".partial");
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode)); // less the umask, as for anything new
+    #[cfg(not(unix))]
+    let _ = mode;
+    builder
+}
+
+fn parent(target: &Path) -> &Path {
+    match target.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+fn forget(path: &Path) {
+    with_pending(|pending| pending.retain(|other| other != path));
 }
 
 fn with_pending(change: impl FnOnce(&mut Vec<PathBuf>)) {

@@ -114,7 +114,7 @@ rules! {
     /// The sizes that the header implies stay within 2^63 bytes.
     Overflow = "HDR-OVERFLOW", Structure, "no real model is this large: the header is damaged or hostile";
 
-    /// `num_text_tokens` is at least 1 and text plus special tokens are at most 2^24.
+    /// `num_text_tokens` is at least 1, `num_special_tokens` at most 65536, and both together at most 2^24.
     TokenCount = "TOK-COUNT", Structure, "the tokenizer header is damaged; export the checkpoint again";
     /// `regex_size` is between 2 and 65536.
     RegexSize = "TOK-REGEX-SIZE", Structure, "the size counts the pattern and one NUL; an empty pattern splits nothing";

@@ -11,7 +11,8 @@ use std::ops::Range;
 use binrw::{BinRead, BinResult, BinWrite, Endian, binrw};
 
 use super::header::{HEAD_LEN, Head};
-use super::tensors::{Dims, PieceId, Shape, TensorId, TensorKind};
+pub use super::tensors::PieceId;
+use super::tensors::{Dims, Shape, TensorId, TensorKind};
 use crate::rules::Rule;
 use crate::violation::Violation;
 

@@ -39,6 +39,9 @@ impl fmt::Display for Dtype {
     }
 }
 
+/// Text and special tokens that a vocabulary may have (`TOK-COUNT`).
+pub const MAX_TOKENS: u64 = 1 << 24;
+
 /// The sizes that shapes are made of. Made by [`Dims::new`] only, which proves that no product of them that the
 /// layout needs leaves `u64`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,9 +73,13 @@ impl Dims {
     /// The sizes of a model with this header and `vocabulary` tokens (text and special).
     ///
     /// # Errors
-    /// `HDR-EMBEDDING-DIM` and `HDR-MLP-DIM` where a width is not a positive multiple of 32, `HDR-OVERFLOW` where the
-    /// weights would take 2^63 bytes or more.
+    /// `HDR-EMBEDDING-DIM` and `HDR-MLP-DIM` where a width is not a positive multiple of 32, `TOK-COUNT` where there are
+    /// no tokens or more than [`MAX_TOKENS`], `HDR-OVERFLOW` where the weights would take 2^63 bytes or more.
     pub fn new(header: &ModelHeader, vocabulary: u64) -> Result<Dims, Unlayable> {
+        if vocabulary == 0 || vocabulary > MAX_TOKENS {
+            let (rule, field) = (Rule::TokenCount, "num_text_tokens");
+            return Err(Unlayable { rule, field, found: format!("{vocabulary} tokens in all"), needed: "1 to 2^24 tokens" });
+        }
         for (rule, field, value) in [
             (Rule::EmbeddingDim, "embedding_dim", header.embedding_dim),
             (Rule::MlpDim, "mlp_dim", header.mlp_dim),

@@ -1,0 +1,120 @@
+//! What the verbs share on the terminal: outcome, progress, lists of violations.
+
+use std::io::{self, IsTerminal, Write};
+use std::sync::Mutex;
+use std::time::Instant;
+
+use formats::Violation;
+use formats::progress::Progress;
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+
+/// How a verb that could run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Exit status 0.
+    Fine,
+    /// Exit status 1: violations or differences.
+    Differs,
+}
+
+impl Outcome {
+    /// Fine if it holds.
+    pub fn of(fine: bool) -> Outcome {
+        if fine { Outcome::Fine } else { Outcome::Differs }
+    }
+}
+
+/// How to talk: text or JSON, and progress on standard error: a bar on a terminal, a line per step elsewhere.
+pub struct Console {
+    /// Whether standard output holds one JSON document.
+    pub json: bool,
+    quiet: bool,
+    step: Mutex<Option<ProgressBar>>,
+    started: Instant,
+}
+
+impl Console {
+    /// A console that starts its clock now.
+    pub fn new(json: bool, quiet: bool) -> Console {
+        Console { json, quiet, step: Mutex::new(None), started: Instant::now() }
+    }
+
+    /// Removes the bar, so that text can follow.
+    pub fn done(&self) {
+        if let Some(bar) = self.bar().take() {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// Seconds since the start.
+    pub fn seconds(&self) -> f64 {
+        self.started.elapsed().as_secs_f64()
+    }
+
+    fn bar(&self) -> std::sync::MutexGuard<'_, Option<ProgressBar>> {
+        self.step.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+impl Progress for Console {
+    fn begin(&self, step: &str, total: u64) {
+        if self.quiet {
+            return;
+        }
+        if !io::stderr().is_terminal() {
+            eprintln!("{step}: {}", HumanBytes(total));
+            return;
+        }
+        let style = "{msg:24} {bar:32} {bytes:>10} of {total_bytes}  {bytes_per_sec}, {eta} left";
+        let bar = ProgressBar::new(total).with_message(step.to_owned());
+        bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        if let Some(previous) = self.bar().replace(bar) {
+            previous.finish_and_clear();
+        }
+    }
+
+    fn advance(&self, bytes: u64) {
+        if let Some(bar) = &*self.bar() {
+            bar.inc(bytes);
+        }
+    }
+}
+
+/// Prints a heading and each violation on three lines: rule and place, what and what for, advice.
+pub fn print_violations(out: &mut dyn Write, violations: &[Violation]) -> io::Result<()> {
+    let errors = violations.iter().filter(|violation| violation.is_error()).count();
+    let notes = violations.len() - errors;
+    writeln!(out, "{errors} violation{}, {notes} note{}", plural(errors), plural(notes))?;
+    for violation in violations {
+        let kind = if violation.is_error() { "" } else { "note " };
+        write!(out, "  {kind}{}  {}, {}", violation.rule, violation.section, violation.field)?;
+        if !violation.range.is_empty() {
+            write!(out, " [bytes {}..{}]", violation.range.start, violation.range.end)?;
+        }
+        writeln!(out, "\n      found {}, needed {}", violation.found, violation.needed)?;
+        writeln!(out, "      {}", violation.rule.advice())?;
+    }
+    Ok(())
+}
+
+/// Violations for programs: what [`Violation`] holds, and the rule's level and advice.
+pub fn violations_json(violations: &[Violation]) -> serde_json::Value {
+    let entry = |violation: &Violation| {
+        serde_json::json!({
+            "rule": violation.rule,
+            "level": violation.rule.level().to_string(),
+            "section": violation.section,
+            "field": violation.field,
+            "range": [violation.range.start, violation.range.end],
+            "found": violation.found,
+            "needed": violation.needed,
+            "advice": violation.rule.advice(),
+        })
+    };
+    violations.iter().map(entry).collect()
+}
+
+/// The plural's s.
+pub fn plural(count: usize) -> &'static str {
+    if count == 1 { "" } else { "s" }
+}
