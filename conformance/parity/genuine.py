@@ -4,10 +4,7 @@ import ast
 import contextlib
 import importlib.util
 import io
-import os
 import pathlib
-
-os.environ["TQDM_DISABLE"] = "1"
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / ".parity/gpt-oss/gpt_oss/metal/scripts/create-local-model.py"
@@ -19,7 +16,7 @@ _spec.loader.exec_module(_module)
 
 def export(source, target):
     """Runs the script's `main`. Whatever it raises passes through."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         _module.main(["-s", str(source), "-d", str(target)])
 
 

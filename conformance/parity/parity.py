@@ -4,6 +4,7 @@ import hashlib
 import json
 import pathlib
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -158,7 +159,7 @@ def outcome(source, target):
         genuine.export(source, target)
     except Exception as error:  # whatever it may be: that is what is recorded
         left = target.stat().st_size if target.exists() else 0
-        kind = type(error).__name__
+        kind = "struct.error" if isinstance(error, struct.error) else type(error).__name__
         return f"{kind}, leaves {left:,} bytes behind" if left else kind
     return "**succeeds**"
 

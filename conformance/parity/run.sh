@@ -11,4 +11,7 @@ root=$(cd "$here/../.." && pwd)
 "$here/setup.sh"
 (cd "$root" && cargo build --release --package fixtures --package formats)
 export TIKTOKEN_CACHE_DIR=$root/.parity/tiktoken-cache TIKTOKEN_ENCODINGS_BASE=$root/.parity/encodings
-exec "$root/.parity/venv/bin/python" "$here/parity.py" "$@"
+"$root/.parity/venv/bin/python" -B "$here/parity.py" "$@"
+if [[ ${1-} == --bless ]]; then
+    "$root/target/release/fixtures" regenerate # the manifest lists the digests
+fi

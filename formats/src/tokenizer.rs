@@ -7,9 +7,10 @@
 //! # Bounds
 //! A vocabulary is input like any other. Merging a piece of n bytes takes O(n log n) time and O(n) memory, with at
 //! most 3n look-ups of byte strings no longer than the longest token. Patterns are limited in size before and after
-//! compilation, a match to [`MAX_BACKTRACKS`] steps back and, unless the pattern is o200k's, which needs time
-//! proportional to the text, splitting to [`SPLIT_TIME`] and [`SPLIT_TIME_PER_BYTE`]: no regex engine bounds the time
-//! of finding *all* matches better than by the square of the text's length.
+//! compilation. A search for a piece may take [`MAX_BACKTRACKS`] steps back, each of which looks at the rest of the text
+//! once at most. No regex engine bounds the time of finding *all* matches better than by the square of the text's
+//! length, so there is a limit to the time, too: [`SPLIT_TIME`] and [`SPLIT_TIME_PER_BYTE`]. It does not apply to
+//! o200k's pattern, which takes time proportional to the text.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -25,7 +26,7 @@ use crate::vocabulary::{O200K_REGEX, Overrun, Vocabulary};
 /// Longest pattern in bytes; o200k's has 274.
 pub const MAX_PATTERN: usize = 2048;
 /// Steps back that the search for one piece may take; o200k's pattern needs a handful.
-pub const MAX_BACKTRACKS: usize = 10_000;
+pub const MAX_BACKTRACKS: usize = 1_000;
 /// Time that splitting a text may take, beside [`SPLIT_TIME_PER_BYTE`].
 pub const SPLIT_TIME: Duration = Duration::from_secs(1);
 /// Time that splitting a text may take for each of its bytes, beside [`SPLIT_TIME`].
@@ -187,8 +188,16 @@ impl Tokenizer {
             self.single[usize::from(*byte)] = Some(id);
         }
         self.longest = self.longest.max(token.len());
-        let Tokenizer { bytes, ends, ids, hasher, .. } = self;
-        ids.insert_unique(hasher.hash_one(token), id, |&id| hasher.hash_one(text(bytes, ends, id).unwrap_or_default()));
+        let Tokenizer {
+            bytes,
+            ends,
+            ids,
+            hasher,
+            ..
+        } = self;
+        ids.insert_unique(hasher.hash_one(token), id, |&id| {
+            hasher.hash_one(text(bytes, ends, id).unwrap_or_default())
+        });
     }
 
     /// The id of the text token with these bytes.
@@ -197,17 +206,27 @@ impl Tokenizer {
             return None;
         }
         let hash = self.hasher.hash_one(token);
-        self.ids.find(hash, |&id| text(&self.bytes, &self.ends, id) == Some(token)).copied()
+        self.ids
+            .find(hash, |&id| text(&self.bytes, &self.ends, id) == Some(token))
+            .copied()
     }
 
     /// The id of the special token of this name (`<|start|>`), if the vocabulary has it.
     pub fn special_id(&self, name: &str) -> Option<u32> {
-        self.special.iter().find(|&&(_, known)| known == name).map(|&(id, _)| id)
+        self.special
+            .iter()
+            .find(|&&(_, known)| known == name)
+            .map(|&(id, _)| id)
     }
 
     /// The bytes that a token stands for: a special token's name for such a token.
     pub fn token(&self, id: u32) -> Option<&[u8]> {
-        let special = || self.special.iter().find(|&&(known, _)| known == id).map(|(_, name)| name.as_bytes());
+        let special = || {
+            self.special
+                .iter()
+                .find(|&&(known, _)| known == id)
+                .map(|(_, name)| name.as_bytes())
+        };
         text(&self.bytes, &self.ends, id).or_else(special)
     }
 
@@ -243,11 +262,20 @@ impl Tokenizer {
     }
 
     /// Encodes `text`, which starts at byte `offset` of the whole.
-    fn encode_into(&self, text: &str, offset: usize, budget: Budget, ids: &mut Vec<u32>) -> Result<(), EncodeError> {
+    fn encode_into(
+        &self,
+        text: &str,
+        offset: usize,
+        budget: Budget,
+        ids: &mut Vec<u32>,
+    ) -> Result<(), EncodeError> {
         let mut done = 0;
         for found in self.regex.find_iter(text) {
             let piece = found
-                .map_err(|error| EncodeError::Search { at: offset + done, reason: error.to_string() })?
+                .map_err(|error| EncodeError::Search {
+                    at: offset + done,
+                    reason: error.to_string(),
+                })?
                 .range();
             if budget.is_spent() {
                 return Err(EncodeError::Time { at: offset + done });
@@ -259,9 +287,10 @@ impl Tokenizer {
             let bytes = bytes.ok_or(EncodeError::Unmatched { at: offset + done })?;
             match self.id(bytes) {
                 Some(id) => ids.push(id),
-                None => self
-                    .merge(bytes, ids)
-                    .map_err(|at| EncodeError::MissingByte { byte: bytes[at], at: offset + done + at })?,
+                None => self.merge(bytes, ids).map_err(|at| EncodeError::MissingByte {
+                    byte: bytes[at],
+                    at: offset + done + at,
+                })?,
             }
             done = piece.end;
         }
@@ -287,7 +316,9 @@ impl Tokenizer {
         let mut pairs = BinaryHeap::with_capacity(piece.len());
         let pair_up = |parts: &mut [Part], pairs: &mut BinaryHeap<_>, start: usize| {
             let second = parts[start].end;
-            parts[start].pair = parts.get(second).and_then(|second| self.id(&piece[start..second.end]));
+            parts[start].pair = parts
+                .get(second)
+                .and_then(|second| self.id(&piece[start..second.end]));
             if let Some(id) = parts[start].pair {
                 pairs.push(Reverse((id, start)));
             }
@@ -334,8 +365,11 @@ impl Tokenizer {
 
     /// The text that tokens stand for, with U+FFFD for invalid UTF-8 and for tokens that stand for no text.
     pub fn decode_lossy(&self, ids: &[u32]) -> String {
-        let bytes: Vec<u8> =
-            ids.iter().flat_map(|&id| self.token(id).unwrap_or("\u{fffd}".as_bytes())).copied().collect();
+        let bytes: Vec<u8> = ids
+            .iter()
+            .flat_map(|&id| self.token(id).unwrap_or("\u{fffd}".as_bytes()))
+            .copied()
+            .collect();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 }
@@ -353,7 +387,9 @@ impl std::fmt::Debug for Tokenizer {
 /// The bytes of a text token.
 fn text<'a>(bytes: &'a [u8], ends: &[usize], id: u32) -> Option<&'a [u8]> {
     let id = id as usize;
-    let start = id.checked_sub(1).map_or(Some(0), |previous| ends.get(previous).copied())?;
+    let start = id
+        .checked_sub(1)
+        .map_or(Some(0), |previous| ends.get(previous).copied())?;
     bytes.get(start..*ends.get(id)?)
 }
 
@@ -376,7 +412,8 @@ struct Budget {
 impl Budget {
     fn new(tokenizer: &Tokenizer, text: &str) -> Budget {
         let bytes = u32::try_from(text.len()).unwrap_or(u32::MAX);
-        let end = (!tokenizer.trusted).then(|| Instant::now() + SPLIT_TIME + SPLIT_TIME_PER_BYTE.saturating_mul(bytes));
+        let end = (!tokenizer.trusted)
+            .then(|| Instant::now() + SPLIT_TIME + SPLIT_TIME_PER_BYTE.saturating_mul(bytes));
         Budget { end }
     }
 

@@ -21,7 +21,7 @@ use crate::model_bin::tensors::{Dims, TensorId, TensorKind};
 use crate::progress::Progress;
 use crate::rules::Rule;
 use crate::violation::{Error, Result, Violation};
-use crate::vocabulary::Vocabulary;
+use crate::vocabulary::{self, Vocabulary};
 
 const INDEX: &str = "model.safetensors.index.json";
 const SUFFIX: &str = ".safetensors";
@@ -73,7 +73,15 @@ impl Folder {
         let mut scan = Scan::new(dir)?;
         let config = scan.config()?;
         scan.shards()?;
-        let Scan { shards, mut violations, mut notes, index, unreadable, excused, .. } = scan;
+        let Scan {
+            shards,
+            mut violations,
+            mut notes,
+            index,
+            unreadable,
+            excused,
+            ..
+        } = scan;
         let catalogue = catalogue(&shards, &mut violations);
         if let Some(index) = &index {
             disagreements(index, &shards, &catalogue, &mut violations);
@@ -84,20 +92,22 @@ impl Folder {
         if let Some(Err(broken)) = config.as_ref().map(Config::header) {
             violations.extend(broken);
         }
-        let dims = header.as_ref().and_then(|header| match Dims::new(header, options.vocabulary.len()) {
-            Ok(dims) => Some(dims),
-            Err(unlayable) => {
-                violations.push(Violation {
-                    rule: Rule::SourceConfig,
-                    section: config::FILE.into(),
-                    field: "num_hidden_layers".into(),
-                    range: 0..0,
-                    found: format!("{} with {}", header.num_blocks, unlayable.found),
-                    needed: unlayable.needed.into(),
-                });
-                None
-            }
-        });
+        let dims = header
+            .as_ref()
+            .and_then(|header| match Dims::new(header, options.vocabulary.len()) {
+                Ok(dims) => Some(dims),
+                Err(unlayable) => {
+                    violations.push(Violation {
+                        rule: Rule::SourceConfig,
+                        section: config::FILE.into(),
+                        field: "num_hidden_layers".into(),
+                        range: 0..0,
+                        found: format!("{} with {}", header.num_blocks, unlayable.found),
+                        needed: unlayable.needed.into(),
+                    });
+                    None
+                }
+            });
         let mut tensors = HashMap::new();
         if let (Some(dims), Some(layout)) = (dims, layout) {
             let mut resolver = Resolver {
@@ -128,7 +138,10 @@ impl Folder {
                 tensors,
                 recent: Recent::default(),
             }),
-            _ => Err(Error::Invalid { path: dir.into(), violations }),
+            _ => Err(Error::Invalid {
+                path: dir.into(),
+                violations,
+            }),
         }
     }
 
@@ -148,7 +161,9 @@ impl Folder {
     }
 
     fn shard(&self, part: &Part) -> Result<&Shard> {
-        self.shards.get(part.shard).ok_or_else(|| Error::Unsupported(format!("{} lies in no shard", part.name)))
+        self.shards
+            .get(part.shard)
+            .ok_or_else(|| Error::Unsupported(format!("{} lies in no shard", part.name)))
     }
 
     fn read_parts(&self, parts: &[Part], mut offset: u64, mut out: &mut [u8]) -> Result<()> {
@@ -170,7 +185,10 @@ impl Folder {
 
     fn read_quantized(&self, id: TensorId, part: &Part, rows: Range<u64>, out: &mut [u8]) -> Result<()> {
         let &[_, columns, rows_of_expert] = part.shape.as_slice() else {
-            return Err(Error::Unsupported(format!("{} does not have three axes", part.name)));
+            return Err(Error::Unsupported(format!(
+                "{} does not have three axes",
+                part.name
+            )));
         };
         let row_bytes = id.kind.row_bytes(&self.dims) as usize;
         let mut matrix: Option<(u64, Arc<Matrix>)> = None;
@@ -180,7 +198,11 @@ impl Folder {
                 Some((_, current)) => current,
                 None => self.quantized(part, expert, columns, rows_of_expert)?,
             };
-            if id.kind.is_scales() { current.copy_scales(row, out) } else { current.copy_blocks(row, out) }
+            if id.kind.is_scales() {
+                current.copy_scales(row, out)
+            } else {
+                current.copy_blocks(row, out)
+            }
             matrix = Some((expert, current));
         }
         Ok(())
@@ -222,9 +244,15 @@ impl Source for Folder {
 
     fn read_rows(&self, tensor: TensorId, rows: Range<u64>, out: &mut [u8]) -> Result<()> {
         let row_bytes = tensor.kind.row_bytes(&self.dims);
-        let count = rows.end.checked_sub(rows.start).filter(|_| rows.end <= tensor.kind.rows(&self.dims));
+        let count = rows
+            .end
+            .checked_sub(rows.start)
+            .filter(|_| rows.end <= tensor.kind.rows(&self.dims));
         if count.and_then(|count| count.checked_mul(row_bytes)) != Some(out.len() as u64) {
-            return Err(Error::Unsupported(format!("rows {rows:?} of {tensor} into {} bytes", out.len())));
+            return Err(Error::Unsupported(format!(
+                "rows {rows:?} of {tensor} into {} bytes",
+                out.len()
+            )));
         }
         match self.tensors.get(&tensor) {
             Some(Origin::Parts(parts)) => self.read_parts(parts, rows.start * row_bytes, out),
@@ -245,12 +273,21 @@ impl Source for Folder {
                 Some(Origin::Parts(parts)) if id.kind.is_qkv() => {
                     tests.extend(parts.iter().map(|part| (part, values::Test::NotNan)));
                 }
-                Some(Origin::Transposed(part)) if !id.kind.is_scales() => tests.push((part, values::Test::Finite)),
+                Some(Origin::Transposed(part)) if !id.kind.is_scales() => {
+                    tests.push((part, values::Test::Finite))
+                }
                 _ => {}
             }
         }
         let violations = values::check(&tests, |part| self.shard(part), progress)?;
-        if violations.is_empty() { Ok(()) } else { Err(Error::Invalid { path: self.path.clone(), violations }) }
+        if violations.is_empty() {
+            Ok(())
+        } else {
+            Err(Error::Invalid {
+                path: self.path.clone(),
+                violations,
+            })
+        }
     }
 }
 
@@ -310,7 +347,13 @@ impl<'a> Scan<'a> {
         let mut components = Path::new(name).components();
         let plain = matches!(components.next(), Some(Component::Normal(first)) if first == name);
         if !plain || components.next().is_some() || name.contains(['\0', '\\']) {
-            self.refuse(Rule::SourceContainer, INDEX, &excerpt(name), "a path", "the plain name of a file in the folder");
+            self.refuse(
+                Rule::SourceContainer,
+                INDEX,
+                &excerpt(name),
+                "a path",
+                "the plain name of a file in the folder",
+            );
             return Ok(None);
         }
         let path = self.dir.join(name);
@@ -329,24 +372,40 @@ impl<'a> Scan<'a> {
             return Ok(None);
         }
         if !fs::metadata(&resolved).map_err(Error::io(&path))?.is_file() {
-            self.refuse(Rule::SourceContainer, name, name, "no regular file", "a regular file");
+            self.refuse(
+                Rule::SourceContainer,
+                name,
+                name,
+                "no regular file",
+                "a regular file",
+            );
             return Ok(None);
         }
         Ok(Some(path))
     }
 
     fn json(&mut self, name: &str, rule: Rule) -> Result<Option<Vec<u8>>> {
-        let Some(path) = self.file(name, rule)? else { return Ok(None) };
+        let Some(path) = self.file(name, rule)? else {
+            return Ok(None);
+        };
         let len = fs::metadata(&path).map_err(Error::io(&path))?.len();
         if len > MAX_JSON {
-            self.refuse(rule, name, name, format!("{len} bytes"), "at most 100000000 bytes of JSON");
+            self.refuse(
+                rule,
+                name,
+                name,
+                format!("{len} bytes"),
+                "at most 100000000 bytes of JSON",
+            );
             return Ok(None);
         }
         fs::read(&path).map(Some).map_err(Error::io(path))
     }
 
     fn config(&mut self) -> Result<Option<Config>> {
-        let Some(text) = self.json(config::FILE, Rule::SourceConfig)? else { return Ok(None) };
+        let Some(text) = self.json(config::FILE, Rule::SourceConfig)? else {
+            return Ok(None);
+        };
         let (config, violations) = Config::read(&text);
         self.violations.extend(violations);
         Ok(config)
@@ -355,25 +414,51 @@ impl<'a> Scan<'a> {
     fn shards(&mut self) -> Result<()> {
         let (files, others) = listing(self.dir)?;
         let has_index = others.iter().any(|name| name == INDEX);
-        let companions = [config::FILE, INDEX];
-        let ignored: Vec<&str> = others.iter().map(String::as_str).filter(|name| !companions.contains(name)).collect();
+        let companions = [config::FILE, INDEX, vocabulary::FILE_NAME];
+        let ignored: Vec<&str> = others
+            .iter()
+            .map(String::as_str)
+            .filter(|name| !companions.contains(name))
+            .collect();
         note_some(&mut self.notes, "ignored beside the checkpoint", &ignored);
 
         if has_index && let Some(text) = self.json(INDEX, Rule::SourceContainer)? {
             match serde_json::from_slice::<Index>(&text) {
-                Ok(Index { weight_map: Entries(entries) }) => self.index = Some(entries),
+                Ok(Index {
+                    weight_map: Entries(entries),
+                }) => self.index = Some(entries),
                 Err(error) => {
                     let needed = "a JSON object with weight_map, file names by tensor name";
-                    self.refuse(Rule::SourceContainer, INDEX, "weight_map", error.to_string(), needed);
+                    self.refuse(
+                        Rule::SourceContainer,
+                        INDEX,
+                        "weight_map",
+                        error.to_string(),
+                        needed,
+                    );
                 }
             }
         }
         let Some(index) = self.index.take() else {
             if files.is_empty() {
                 let original = listing(&self.dir.join("original")).is_ok_and(|(files, _)| !files.is_empty());
-                let found = if original { "none here, but some in the sub-folder original" } else { "none" };
-                let needed = if original { "the folder that holds them: name original itself" } else { "at least one" };
-                self.refuse(Rule::SourceMissing, "*.safetensors", "SafeTensors files", found, needed);
+                let found = if original {
+                    "none here, but some in the sub-folder original"
+                } else {
+                    "none"
+                };
+                let needed = if original {
+                    "the folder that holds them: name original itself"
+                } else {
+                    "at least one"
+                };
+                self.refuse(
+                    Rule::SourceMissing,
+                    "*.safetensors",
+                    "SafeTensors files",
+                    found,
+                    needed,
+                );
                 self.unreadable = true;
             }
             for name in &files {
@@ -395,7 +480,11 @@ impl<'a> Scan<'a> {
                 self.excused.insert(tensor.clone());
             }
         }
-        let strays: Vec<&str> = files.iter().map(String::as_str).filter(|name| !named.contains(name)).collect();
+        let strays: Vec<&str> = files
+            .iter()
+            .map(String::as_str)
+            .filter(|name| !named.contains(name))
+            .collect();
         self.strays(&strays)?;
         self.index = Some(index);
         Ok(())
@@ -403,7 +492,9 @@ impl<'a> Scan<'a> {
 
     /// Opens a shard; `false`, and violations, where it is unsound.
     fn open(&mut self, name: &str) -> Result<bool> {
-        let Some(path) = self.file(name, Rule::SourceMissing)? else { return Ok(false) };
+        let Some(path) = self.file(name, Rule::SourceMissing)? else {
+            return Ok(false);
+        };
         match Shard::open(&path, name) {
             Ok(listed) => self.shards.push(listed),
             Err(Error::Invalid { violations, .. }) => {
@@ -430,7 +521,9 @@ impl<'a> Scan<'a> {
                 Err(error) => return Err(error),
             };
             let twice = self.shards.iter().find_map(|(shard, held)| {
-                held.iter().find(|(tensor, _)| tensors.contains(tensor)).map(|(tensor, stored)| (shard, tensor, stored))
+                held.iter()
+                    .find(|(tensor, _)| tensors.contains(tensor))
+                    .map(|(tensor, stored)| (shard, tensor, stored))
             });
             match twice {
                 Some((shard, tensor, stored)) => {
@@ -466,7 +559,11 @@ fn note_some(notes: &mut Vec<String>, what: &str, names: &[&str]) {
     }
     let shown: Vec<String> = names.iter().take(MAX_NOTED).map(|name| excerpt(name)).collect();
     let more = names.len().saturating_sub(MAX_NOTED);
-    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    let more = if more > 0 {
+        format!(" and {more} more")
+    } else {
+        String::new()
+    };
     notes.push(format!("{what}: {}{more}", shown.join(", ")));
 }
 
@@ -504,25 +601,52 @@ fn disagreements(
     violations: &mut Vec<Violation>,
 ) {
     let mut refuse = |rule, tensor: &str, found: String, needed: String| {
-        violations.push(Violation { rule, section: INDEX.into(), field: tensor.into(), range: 0..0, found, needed });
+        violations.push(Violation {
+            rule,
+            section: INDEX.into(),
+            field: tensor.into(),
+            range: 0..0,
+            found,
+            needed,
+        });
     };
     for tensor in duplicates(index.iter().map(|(tensor, _)| tensor.as_str()).collect()) {
-        refuse(Rule::SourceDuplicate, tensor, "the name twice in the index".into(), "each name once".into());
+        refuse(
+            Rule::SourceDuplicate,
+            tensor,
+            "the name twice in the index".into(),
+            "each name once".into(),
+        );
     }
-    let by_name: HashMap<&str, &Listed> = shards.iter().map(|listed| (listed.0.name.as_str(), listed)).collect();
+    let by_name: HashMap<&str, &Listed> = shards
+        .iter()
+        .map(|listed| (listed.0.name.as_str(), listed))
+        .collect();
     for (tensor, file) in index {
         if !by_name.contains_key(file.as_str()) {
             continue; // reported where it was opened
         }
-        let holder = catalogue.get(tensor.as_str()).and_then(|(number, _)| shards.get(*number));
+        let holder = catalogue
+            .get(tensor.as_str())
+            .and_then(|(number, _)| shards.get(*number));
         match holder {
             Some((shard, _)) if shard.name == *file => {}
             Some((shard, _)) => {
-                refuse(Rule::SourceContainer, tensor, format!("the tensor in {}", shard.name), format!("it in {file}"));
+                refuse(
+                    Rule::SourceContainer,
+                    tensor,
+                    format!("the tensor in {}", shard.name),
+                    format!("it in {file}"),
+                );
             }
             // Tensors that the model needs are reported as missing in any case.
             None if names::is_original(tensor) || names::is_hugging_face(tensor) => {}
-            None => refuse(Rule::SourceMissing, tensor, format!("no such tensor in {file}"), "the tensor".into()),
+            None => refuse(
+                Rule::SourceMissing,
+                tensor,
+                format!("no such tensor in {file}"),
+                "the tensor".into(),
+            ),
         }
     }
 }
@@ -555,7 +679,8 @@ fn layout(catalogue: &Catalogue, unreadable: bool, violations: &mut Vec<Violatio
                     Some(name) => format!("{} tensors such as {}", catalogue.len(), excerpt(name)),
                     None => "no tensor".into(),
                 };
-                let needed = "the tensors of a GPT-OSS model: embedding.weight or model.embed_tokens.weight and so on";
+                let needed =
+                    "the tensors of a GPT-OSS model: embedding.weight or model.embed_tokens.weight and so on";
                 violations.push(refuse(Rule::SourceMissing, "embedding.weight", found, needed));
             }
             None
@@ -595,15 +720,22 @@ impl<'a> Resolver<'a> {
     fn origin(&mut self, id: TensorId) -> Option<Origin> {
         let shape = id.kind.shape(&self.dims);
         if self.layout == Layout::Original {
-            return Some(Origin::Parts(vec![self.part(&id.to_string(), id.kind, &shape)?]));
+            return Some(Origin::Parts(vec![self.part(
+                &id.to_string(),
+                id.kind,
+                &shape,
+            )?]));
         }
         let names = names::hugging_face(id);
         let bf16 = names::hugging_face_bf16(id).filter(|_| self.layout == Layout::HuggingFaceBf16);
         if let Some(bf16) = bf16 {
-            let packed = names.iter().find_map(|name| Some((name, *self.catalogue.get(name.as_str())?)));
+            let packed = names
+                .iter()
+                .find_map(|name| Some((name, *self.catalogue.get(name.as_str())?)));
             match (self.catalogue.get(bf16.as_str()), packed) {
                 (Some((number, _)), Some((name, (other, stored)))) => {
-                    self.used.extend(self.catalogue.get_key_value(name.as_str()).map(|(name, _)| *name));
+                    self.used
+                        .extend(self.catalogue.get_key_value(name.as_str()).map(|(name, _)| *name));
                     let [number, other] = [*number, other].map(|number| self.file(number));
                     let mut violation = duplicate(name, (&other, stored), &number);
                     violation.found = format!("MXFP4 experts beside {bf16} in {number}");
@@ -628,15 +760,23 @@ impl<'a> Resolver<'a> {
 
     fn parts(&mut self, id: TensorId, names: &[String], shapes: &[&[u64]]) -> Option<Origin> {
         // All are looked at before the first `None` counts, so that each is reported.
-        let found: Vec<_> =
-            names.iter().zip(shapes).map(|(name, shape)| self.part(name, id.kind, shape)).collect();
+        let found: Vec<_> = names
+            .iter()
+            .zip(shapes)
+            .map(|(name, shape)| self.part(name, id.kind, shape))
+            .collect();
         Some(Origin::Parts(found.into_iter().collect::<Option<_>>()?))
     }
 
     /// A BF16 expert tensor. Blocks and scales both lead here; it is checked once.
     fn transposed(&mut self, id: TensorId, name: &str) -> Option<Origin> {
         if id.kind.is_scales() {
-            return self.bf16.iter().rfind(|part| part.name == name).cloned().map(Origin::Transposed);
+            return self
+                .bf16
+                .iter()
+                .rfind(|part| part.name == name)
+                .cloned()
+                .map(Origin::Transposed);
         }
         let (width, mlp) = (self.dims.embedding_dim(), self.dims.mlp_dim());
         let shape = match id.kind {
@@ -649,7 +789,8 @@ impl<'a> Resolver<'a> {
     }
 
     fn part(&mut self, name: &str, kind: TensorKind, shape: &[u64]) -> Option<Part> {
-        let rows = matches!(kind, TensorKind::Embedding | TensorKind::Unembedding).then(|| self.dims.vocabulary());
+        let rows =
+            matches!(kind, TensorKind::Embedding | TensorKind::Unembedding).then(|| self.dims.vocabulary());
         self.stored(name, kind.dtype().name(), rows, shape)
     }
 
@@ -665,7 +806,14 @@ impl<'a> Resolver<'a> {
         let mut refuse = |rule, found: String, needed: String| {
             sound = false;
             let range = stored.range.clone();
-            self.violations.push(Violation { rule, section: file.clone(), field: name.into(), range, found, needed });
+            self.violations.push(Violation {
+                rule,
+                section: file.clone(),
+                field: name.into(),
+                range,
+                found,
+                needed,
+            });
         };
         let found = stored.dtype.to_string();
         if found != dtype {
@@ -682,11 +830,20 @@ impl<'a> Resolver<'a> {
             (None, found) if found == shape => {}
             (rows, found) => {
                 let more = if rows.is_some() { " or more rows" } else { "" };
-                refuse(Rule::SourceShape, format!("{found:?}"), format!("{shape:?}{more}"));
+                refuse(
+                    Rule::SourceShape,
+                    format!("{found:?}"),
+                    format!("{shape:?}{more}"),
+                );
             }
         }
         let (shape, range) = (stored.shape.clone(), stored.range.clone());
-        sound.then(|| Part { name: name.into(), shape, range, shard: number })
+        sound.then(|| Part {
+            name: name.into(),
+            shape,
+            range,
+            shard: number,
+        })
     }
 
     fn report_missing(&mut self, name: &str, dtype: &str, shape: &[u64]) {
@@ -697,7 +854,10 @@ impl<'a> Resolver<'a> {
         }
         self.missing += 1;
         let (found, needed) = if self.missing > MAX_MISSING {
-            ("more missing tensors, not listed".into(), "all of them; check num_hidden_layers".into())
+            (
+                "more missing tensors, not listed".into(),
+                "all of them; check num_hidden_layers".into(),
+            )
         } else {
             ("no such tensor".into(), format!("{dtype} {shape:?}"))
         };
@@ -705,18 +865,31 @@ impl<'a> Resolver<'a> {
             [(shard, _)] => shard.name.clone(),
             shards => format!("{} shards", shards.len()),
         };
-        let violation =
-            Violation { rule: Rule::SourceMissing, section, field: name.into(), range: 0..0, found, needed };
+        let violation = Violation {
+            rule: Rule::SourceMissing,
+            section,
+            field: name.into(),
+            range: 0..0,
+            found,
+            needed,
+        };
         self.violations.push(violation);
     }
 
     fn file(&self, number: usize) -> String {
-        self.shards.get(number).map(|(shard, _)| shard.name.clone()).unwrap_or_default()
+        self.shards
+            .get(number)
+            .map(|(shard, _)| shard.name.clone())
+            .unwrap_or_default()
     }
 
     fn refuse_bf16(&mut self, quantize: bool) {
         if let (false, [first, others @ ..]) = (quantize, self.bf16.as_slice()) {
-            let more = if others.is_empty() { String::new() } else { format!(" and {} more such tensors", others.len()) };
+            let more = if others.is_empty() {
+                String::new()
+            } else {
+                format!(" and {} more such tensors", others.len())
+            };
             let violation = Violation {
                 rule: Rule::SourceExpertsBf16,
                 section: self.file(first.shard),
@@ -731,10 +904,19 @@ impl<'a> Resolver<'a> {
 
     /// Tensors that the model does not have. Whole blocks of them mean that the config is another model's.
     fn note_unused(&mut self, notes: &mut Vec<String>) {
-        let mut unused: Vec<&str> = self.catalogue.keys().copied().filter(|name| !self.used.contains(name)).collect();
+        let mut unused: Vec<&str> = self
+            .catalogue
+            .keys()
+            .copied()
+            .filter(|name| !self.used.contains(name))
+            .collect();
         unused.sort_unstable();
-        let beyond = unused.iter().filter_map(|name| Some((names::block_of(name)?, *name)));
-        let last = beyond.filter(|(block, _)| u64::from(*block) >= self.dims.num_blocks()).max();
+        let beyond = unused
+            .iter()
+            .filter_map(|name| Some((names::block_of(name)?, *name)));
+        let last = beyond
+            .filter(|(block, _)| u64::from(*block) >= self.dims.num_blocks())
+            .max();
         if let Some((_, name)) = last {
             self.violations.push(Violation {
                 rule: Rule::SourceConfig,

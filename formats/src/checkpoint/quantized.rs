@@ -51,7 +51,10 @@ impl Matrix {
                     read_at(stored, first * 2)?;
                     Ok(quantize_strip(stored, rows, blocks, scales)
                         .err()
-                        .map(|failed| NotFiniteAt { element: first + failed.element, ..failed }))
+                        .map(|failed| NotFiniteAt {
+                            element: first + failed.element,
+                            ..failed
+                        }))
                 },
             )
             .find_map_first(|outcome| outcome.transpose());
@@ -64,7 +67,11 @@ impl Matrix {
 
     /// Copies a row's blocks, 16 bytes for each 32 columns.
     pub(super) fn copy_blocks(&self, row: usize, out: &mut [u8]) {
-        let blocks = self.blocks.chunks_exact(BLOCK_BYTES).skip(row).step_by(self.rows.max(1));
+        let blocks = self
+            .blocks
+            .chunks_exact(BLOCK_BYTES)
+            .skip(row)
+            .step_by(self.rows.max(1));
         for (out, block) in out.chunks_exact_mut(BLOCK_BYTES).zip(blocks) {
             out.copy_from_slice(block);
         }
@@ -72,16 +79,28 @@ impl Matrix {
 
     /// Copies a row's scales, one for each 32 columns.
     pub(super) fn copy_scales(&self, row: usize, out: &mut [u8]) {
-        for (out, scale) in out.iter_mut().zip(self.scales.iter().skip(row).step_by(self.rows.max(1))) {
+        for (out, scale) in out
+            .iter_mut()
+            .zip(self.scales.iter().skip(row).step_by(self.rows.max(1)))
+        {
             *out = *scale;
         }
     }
 }
 
 /// Quantises 32 stored rows of `rows` values each: a block of each row of the matrix.
-fn quantize_strip(stored: &[u8], rows: usize, blocks: &mut [u8], scales: &mut [u8]) -> Result<(), NotFiniteAt> {
+fn quantize_strip(
+    stored: &[u8],
+    rows: usize,
+    blocks: &mut [u8],
+    scales: &mut [u8],
+) -> Result<(), NotFiniteAt> {
     let (stored, _) = stored.as_chunks::<2>();
-    for (row, (block, scale)) in blocks.chunks_exact_mut(BLOCK_BYTES).zip(scales.chunks_exact_mut(1)).enumerate() {
+    for (row, (block, scale)) in blocks
+        .chunks_exact_mut(BLOCK_BYTES)
+        .zip(scales.chunks_exact_mut(1))
+        .enumerate()
+    {
         let mut values = [0.0; BLOCK];
         for (value, stored) in values.iter_mut().zip(stored.iter().skip(row).step_by(rows)) {
             *value = bf16::from_le_bytes(*stored).to_f32();

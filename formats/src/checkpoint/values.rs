@@ -37,7 +37,12 @@ impl Test {
             let count = elements.iter().map(|&element| u64::from(fails(element))).sum();
             let positions = match count {
                 0 => Vec::new(),
-                _ => (0..).zip(elements).filter(|(_, element)| fails(**element)).map(|(at, _)| at).take(LISTED).collect(),
+                _ => (0..)
+                    .zip(elements)
+                    .filter(|(_, element)| fails(**element))
+                    .map(|(at, _)| at)
+                    .take(LISTED)
+                    .collect(),
             };
             (positions, count)
         }
@@ -57,7 +62,10 @@ pub(super) fn check<'a>(
     progress: &dyn Progress,
 ) -> Result<Vec<Violation>> {
     let len = |part: &Part| part.range.end - part.range.start;
-    progress.begin("checking scales and weights", tests.iter().map(|(part, _)| len(part)).sum());
+    progress.begin(
+        "checking scales and weights",
+        tests.iter().map(|(part, _)| len(part)).sum(),
+    );
     let chunks: Vec<(usize, u64)> = (0..)
         .zip(tests)
         .flat_map(|(test, (part, _))| (0..len(part).div_ceil(CHUNK)).map(move |chunk| (test, chunk * CHUNK)))
@@ -65,7 +73,9 @@ pub(super) fn check<'a>(
     let failures = chunks
         .into_par_iter()
         .map_init(Vec::new, |buffer, (number, offset)| {
-            let Some((part, test)) = tests.get(number) else { return Ok(None) };
+            let Some((part, test)) = tests.get(number) else {
+                return Ok(None);
+            };
             let bytes = CHUNK.min(len(part) - offset);
             buffer.resize(bytes as usize, 0);
             shard(part)?.read_at(buffer, part.range.start + offset)?;
@@ -87,8 +97,15 @@ pub(super) fn check<'a>(
 
     let mut violations = Vec::new();
     for chunks in failures.chunk_by(|(a, ..), (b, ..)| a == b) {
-        let Some((part, test)) = chunks.first().and_then(|(number, ..)| tests.get(*number)) else { continue };
-        let listed: Vec<_> = chunks.iter().flat_map(|(_, listed, _)| listed).take(LISTED).copied().collect();
+        let Some((part, test)) = chunks.first().and_then(|(number, ..)| tests.get(*number)) else {
+            continue;
+        };
+        let listed: Vec<_> = chunks
+            .iter()
+            .flat_map(|(_, listed, _)| listed)
+            .take(LISTED)
+            .copied()
+            .collect();
         let count = chunks.iter().map(|(.., count)| count).sum();
         violations.push(violation(*test, part, &shard(part)?.name, &listed, count));
     }
@@ -97,7 +114,13 @@ pub(super) fn check<'a>(
 
 /// The violation of a tensor with `count` failures, of which `listed` are the first: element and bytes. Its range is the
 /// first one's.
-pub(super) fn violation(test: Test, part: &Part, file: &str, listed: &[(u64, [u8; 2])], count: u64) -> Violation {
+pub(super) fn violation(
+    test: Test,
+    part: &Part,
+    file: &str,
+    listed: &[(u64, [u8; 2])],
+    count: u64,
+) -> Violation {
     let shown = listed.iter().map(|&(element, bytes)| {
         let at = position(&part.shape, element);
         match test {
@@ -112,9 +135,15 @@ pub(super) fn violation(test: Test, part: &Part, file: &str, listed: &[(u64, [u8
     let (rule, needed) = match test {
         Test::Scale => (Rule::SourceScale, "at most 240"),
         Test::NotNan => (Rule::SourceNan, "no NaN"),
-        Test::Finite => (Rule::SourceNan, "finite values, since MXFP4 has neither NaN nor infinity"),
+        Test::Finite => (
+            Rule::SourceNan,
+            "finite values, since MXFP4 has neither NaN nor infinity",
+        ),
     };
-    let start = part.range.start + listed.first().map_or(0, |(element, _)| element * test.element_bytes());
+    let start = part.range.start
+        + listed
+            .first()
+            .map_or(0, |(element, _)| element * test.element_bytes());
     Violation {
         rule,
         section: file.into(),

@@ -4,7 +4,7 @@
 //! `gguf.cpp`. The input is untrusted: nothing is reserved from a declared count, so memory is bounded by the bytes
 //! that are really there, and those by [`MAX_DESCRIPTION`].
 
-use std::collections::HashMap;
+use std::collections::{HashMap, hash_map};
 use std::fmt;
 use std::io::{Read, Seek, Write};
 use std::ops::Range;
@@ -399,7 +399,11 @@ fn locate(info: &TensorInfo, data: u64, alignment: u64, len: u64) -> Result<Tens
         return refuse(0..0, found, "less than 2^64 bytes".into());
     };
     if !info.offset.is_multiple_of(alignment) {
-        return refuse(range, format!("offset {}", info.offset), format!("a multiple of the alignment {alignment}"));
+        return refuse(
+            range,
+            format!("offset {}", info.offset),
+            format!("a multiple of the alignment {alignment}"),
+        );
     }
     if range.end > len {
         return refuse(range, format!("a file of {len} bytes"), "its data inside the file".into());
@@ -429,13 +433,14 @@ fn unique<T>(
 ) -> HashMap<String, T> {
     let mut map = HashMap::new();
     for (name, item) in items {
-        if map.contains_key(&name) {
-            violations.push(Violation {
+        match map.entry(name) {
+            hash_map::Entry::Vacant(slot) => {
+                slot.insert(item);
+            }
+            hash_map::Entry::Occupied(known) => violations.push(Violation {
                 rule: Rule::SourceDuplicate,
-                ..violation(section, &name, 0..0, "the name twice".into(), "unique names".into())
-            });
-        } else {
-            map.insert(name, item);
+                ..violation(section, known.key(), 0..0, "the name twice".into(), "unique names".into())
+            }),
         }
     }
     map
@@ -485,7 +490,13 @@ fn read_version() -> BinResult<u32> {
         swapped @ 1..=VERSION => format!("version {swapped} in big-endian order"),
         _ => format!("version {version}"),
     };
-    Err(custom("GGUF header", "version", start..start + 4, found, format!("version {VERSION}, little-endian")))
+    Err(custom(
+        "GGUF header",
+        "version",
+        start..start + 4,
+        found,
+        format!("version {VERSION}, little-endian"),
+    ))
 }
 
 #[binrw::parser(reader, endian)]
@@ -511,11 +522,19 @@ fn items<T: for<'a> BinRead<Args<'a> = ()>>(section: &'static str, count: u64) -
             }
             None => {
                 let found = if error.is_eof() {
-                    format!("the end of the file, or {MAX_DESCRIPTION} bytes without an end of the descriptions")
+                    format!(
+                        "the end of the file, or {MAX_DESCRIPTION} bytes without an end of the descriptions"
+                    )
                 } else {
                     "bytes of no meaning".into()
                 };
-                custom(section, &format!("entry {index}"), start..start + 1, found, format!("{count} whole entries"))
+                custom(
+                    section,
+                    &format!("entry {index}"),
+                    start..start + 1,
+                    found,
+                    format!("{count} whole entries"),
+                )
             }
         })
     })
@@ -531,7 +550,14 @@ fn repeat<T>(count: u64, mut read: impl FnMut(u64) -> BinResult<T>) -> BinResult
 }
 
 fn violation(section: &str, field: &str, range: Range<u64>, found: String, needed: String) -> Violation {
-    Violation { rule: Rule::SourceContainer, section: section.into(), field: field.into(), range, found, needed }
+    Violation {
+        rule: Rule::SourceContainer,
+        section: section.into(),
+        field: field.into(),
+        range,
+        found,
+        needed,
+    }
 }
 
 fn custom(section: &str, field: &str, range: Range<u64>, found: String, needed: String) -> binrw::Error {
@@ -539,7 +565,13 @@ fn custom(section: &str, field: &str, range: Range<u64>, found: String, needed: 
 }
 
 fn unknown_type(start: u64, id: u32) -> binrw::Error {
-    custom("GGUF metadata", "value type", start..start + 4, format!("type {id}"), "a type from 0 to 12".into())
+    custom(
+        "GGUF metadata",
+        "value type",
+        start..start + 4,
+        format!("type {id}"),
+        "a type from 0 to 12".into(),
+    )
 }
 
 /// The violation inside an error of the description, or one about the header before any entry.
@@ -549,6 +581,12 @@ fn violation_in(error: &binrw::Error, len: u64) -> Violation {
         (None, binrw::Error::BadMagic { .. }) => {
             violation("GGUF header", "magic", 0..4, "other bytes".into(), "`GGUF`".into())
         }
-        _ => violation("GGUF header", "counts", 0..len, format!("a file of {len} bytes"), "a header of 24 bytes".into()),
+        _ => violation(
+            "GGUF header",
+            "counts",
+            0..len,
+            format!("a file of {len} bytes"),
+            "a header of 24 bytes".into(),
+        ),
     }
 }

@@ -39,18 +39,38 @@ enum Form {
 const KEYS: &[(&str, &str, Form)] = &[
     ("gpt-oss.block_count", "num_hidden_layers", Form::U32),
     ("gpt-oss.embedding_length", "hidden_size", Form::U32),
-    ("gpt-oss.expert_feed_forward_length", "intermediate_size", Form::U32),
+    (
+        "gpt-oss.expert_feed_forward_length",
+        "intermediate_size",
+        Form::U32,
+    ),
     ("gpt-oss.attention.head_count", "num_attention_heads", Form::U32),
-    ("gpt-oss.attention.head_count_kv", "num_key_value_heads", Form::U32),
+    (
+        "gpt-oss.attention.head_count_kv",
+        "num_key_value_heads",
+        Form::U32,
+    ),
     ("gpt-oss.attention.key_length", "head_dim", Form::U32),
     ("gpt-oss.attention.sliding_window", "sliding_window", Form::U32),
     ("gpt-oss.expert_count", "num_experts", Form::U32),
     ("gpt-oss.expert_used_count", "experts_per_token", Form::U32),
     ("gpt-oss.rope.freq_base", "rope_theta", Form::F32),
     ("gpt-oss.rope.scaling.factor", "rope_scaling_factor", Form::F32),
-    ("gpt-oss.rope.scaling.original_context_length", "initial_context_length", Form::U32),
-    ("gpt-oss.rope.scaling.yarn_beta_slow", "rope_ntk_alpha", Form::OptionalF32(1.0)),
-    ("gpt-oss.rope.scaling.yarn_beta_fast", "rope_ntk_beta", Form::OptionalF32(32.0)),
+    (
+        "gpt-oss.rope.scaling.original_context_length",
+        "initial_context_length",
+        Form::U32,
+    ),
+    (
+        "gpt-oss.rope.scaling.yarn_beta_slow",
+        "rope_ntk_alpha",
+        Form::OptionalF32(1.0),
+    ),
+    (
+        "gpt-oss.rope.scaling.yarn_beta_fast",
+        "rope_ntk_beta",
+        Form::OptionalF32(32.0),
+    ),
 ];
 
 /// The metadata of a model, without its vocabulary.
@@ -71,7 +91,12 @@ pub(super) fn entries(header: &ModelHeader, name: Option<&str>) -> Vec<Entry> {
 /// The `gpt-oss.` keys.
 fn model_entries(header: &ModelHeader) -> Vec<Entry> {
     let config = recover(header).json;
-    let number = |key| config.get(key).and_then(serde_json::Value::as_f64).unwrap_or_default();
+    let number = |key| {
+        config
+            .get(key)
+            .and_then(serde_json::Value::as_f64)
+            .unwrap_or_default()
+    };
     let mut entries = vec![
         entry(CONTEXT_LENGTH, Value::U32(header.context_length)),
         entry(VALUE_LENGTH, Value::U32(header.head_dim)),
@@ -81,7 +106,14 @@ fn model_entries(header: &ModelHeader) -> Vec<Entry> {
     ];
     entries.extend(KEYS.iter().map(|&(key, original, form)| {
         let value = number(original);
-        entry(key, if form == Form::U32 { Value::U32(value.round() as u32) } else { Value::F32(value as f32) })
+        entry(
+            key,
+            if form == Form::U32 {
+                Value::U32(value.round() as u32)
+            } else {
+                Value::F32(value as f32)
+            },
+        )
     }));
     entries
 }
@@ -108,11 +140,18 @@ pub(super) fn header(container: &Container) -> Result<ModelHeader, Vec<Violation
 /// The header that the file holds, if it is sound and the other keys are those that we write with it.
 fn stored_header(container: &Container, stored: &Value) -> Result<ModelHeader, Vec<Violation>> {
     let header = match stored {
-        Value::Array(Array::U8(bytes)) if bytes.len() == 68 => ModelHeader::read(&mut Cursor::new(bytes)).ok(),
+        Value::Array(Array::U8(bytes)) if bytes.len() == 68 => {
+            ModelHeader::read(&mut Cursor::new(bytes)).ok()
+        }
         _ => None,
     };
     let Some(header) = header else {
-        return Err(vec![violation(Rule::SourceConfig, HEADER, "another value".into(), "68 bytes in an array of u8")]);
+        return Err(vec![violation(
+            Rule::SourceConfig,
+            HEADER,
+            "another value".into(),
+            "68 bytes in an array of u8",
+        )]);
     };
     parse(&recover(&header).json)?;
     let mut violations = Vec::new();
@@ -131,7 +170,11 @@ fn stored_header(container: &Container, stored: &Value) -> Result<ModelHeader, V
             violations.push(violation(Rule::SourceConfig, &expected.key.0, found, &needed));
         }
     }
-    if violations.is_empty() { Ok(header) } else { Err(violations) }
+    if violations.is_empty() {
+        Ok(header)
+    } else {
+        Err(violations)
+    }
 }
 
 /// The header of a file that somebody else wrote, by the exporter's formulas.
@@ -144,7 +187,11 @@ fn computed_header(container: &Container) -> Result<ModelHeader, Vec<Violation>>
         (None, Form::OptionalF32(default)) => decimal(default),
         (found, form) => {
             let found = found.map_or("no such key".into(), |value| format!("{value:?}"));
-            let needed = if form == Form::U32 { "a u32" } else { "a finite f32" };
+            let needed = if form == Form::U32 {
+                "a u32"
+            } else {
+                "a finite f32"
+            };
             violations.push(violation(Rule::SourceConfig, key, found, needed));
             Number::from(0)
         }
@@ -158,10 +205,20 @@ fn computed_header(container: &Container) -> Result<ModelHeader, Vec<Violation>>
     let value_length = number(VALUE_LENGTH, Form::U32);
     if json.get("head_dim").and_then(serde_json::Value::as_u64) != value_length.as_u64() {
         let found = value_length.to_string();
-        violations.push(violation(Rule::SourceConfig, VALUE_LENGTH, found, "as many as gpt-oss.attention.key_length"));
+        violations.push(violation(
+            Rule::SourceConfig,
+            VALUE_LENGTH,
+            found,
+            "as many as gpt-oss.attention.key_length",
+        ));
     }
     if context_length.as_u64() == Some(0) {
-        violations.push(violation(Rule::SourceConfig, CONTEXT_LENGTH, "0".into(), "at least 1"));
+        violations.push(violation(
+            Rule::SourceConfig,
+            CONTEXT_LENGTH,
+            "0".into(),
+            "at least 1",
+        ));
     }
     if !violations.is_empty() {
         return Err(violations);
@@ -172,7 +229,12 @@ fn computed_header(container: &Container) -> Result<ModelHeader, Vec<Violation>>
     if header.rmsnorm_epsilon > 0.0 {
         Ok(header)
     } else {
-        Err(vec![violation(Rule::SourceConfig, EPSILON, epsilon.to_string(), "a positive number")])
+        Err(vec![violation(
+            Rule::SourceConfig,
+            EPSILON,
+            epsilon.to_string(),
+            "a positive number",
+        )])
     }
 }
 
@@ -194,7 +256,12 @@ fn with_gguf_keys(mut violations: Vec<Violation>) -> Vec<Violation> {
 
 /// The shortest decimal number that is this f32.
 fn decimal(value: f32) -> Number {
-    value.to_string().parse().ok().and_then(Number::from_f64).unwrap_or_else(|| 0.into())
+    value
+        .to_string()
+        .parse()
+        .ok()
+        .and_then(Number::from_f64)
+        .unwrap_or_else(|| 0.into())
 }
 
 /// The string under a key.
@@ -202,16 +269,30 @@ pub(super) fn string<'a>(container: &'a Container, key: &str) -> Result<&'a str,
     match container.value(key) {
         Some(Value::String(text)) => Ok(&text.0),
         other => {
-            let found = if other.is_some() { "another type" } else { "no such key" };
+            let found = if other.is_some() {
+                "another type"
+            } else {
+                "no such key"
+            };
             Err(vec![violation(Rule::SourceConfig, key, found.into(), "a string")])
         }
     }
 }
 
 pub(super) fn entry(key: &str, value: Value) -> Entry {
-    Entry { key: key.into(), value }
+    Entry {
+        key: key.into(),
+        value,
+    }
 }
 
 pub(super) fn violation(rule: Rule, field: &str, found: String, needed: &str) -> Violation {
-    Violation { rule, section: SECTION.into(), field: field.into(), range: 0..0, found, needed: needed.into() }
+    Violation {
+        rule,
+        section: SECTION.into(),
+        field: field.into(),
+        range: 0..0,
+        found,
+        needed: needed.into(),
+    }
 }

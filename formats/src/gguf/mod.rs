@@ -1,7 +1,7 @@
 //! GGUF files of architecture `gpt-oss` with MXFP4 experts, as llama.cpp reads and its converter writes them.
 //!
 //! [`Model`] reads one as a [`crate::canonical::Source`], [`write()`] writes one from any source. A file that [`write()`]
-//! made gives back the same header, vocabulary and tensors, bit for bit. Two keys of our own make that so where
+//! made gives back the same header, vocabulary and tensors, bit for bit. Three keys of our own make that so where
 //! GGUF's keys cannot; other programs ignore them:
 //!
 //! | key | value |

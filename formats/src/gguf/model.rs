@@ -61,7 +61,10 @@ impl Model {
     pub fn open(path: &Path) -> Result<Model> {
         let file = File::open(path).map_err(Error::io(path))?;
         if !file.metadata().map_err(Error::io(path))?.is_file() {
-            return Err(Error::Unsupported(format!("{} is not a regular file", path.display())));
+            return Err(Error::Unsupported(format!(
+                "{} is not a regular file",
+                path.display()
+            )));
         }
         Model::new(path, Bytes::File(file))
     }
@@ -72,7 +75,10 @@ impl Model {
     }
 
     fn new(path: &Path, bytes: Bytes) -> Result<Model> {
-        let invalid = |violations| Error::Invalid { path: path.into(), violations };
+        let invalid = |violations| Error::Invalid {
+            path: path.into(),
+            violations,
+        };
         let container = match &bytes {
             Bytes::File(file) => {
                 let len = file.metadata().map_err(Error::io(path))?.len();
@@ -85,11 +91,23 @@ impl Model {
         let vocabulary = vocabulary::vocabulary(&container).map_err(invalid)?;
         let dims = Dims::new(&header, vocabulary.len()).map_err(|unlayable| {
             let rule = Rule::SourceConfig;
-            invalid(vec![metadata::violation(rule, unlayable.field, unlayable.found, unlayable.needed)])
+            invalid(vec![metadata::violation(
+                rule,
+                unlayable.field,
+                unlayable.found,
+                unlayable.needed,
+            )])
         })?;
         let tensors = locate(&container, &dims).map_err(invalid)?;
-        let mut model =
-            Model { path: path.into(), bytes, header, dims, vocabulary, tensors, changed: Vec::new() };
+        let mut model = Model {
+            path: path.into(),
+            bytes,
+            header,
+            dims,
+            vocabulary,
+            tensors,
+            changed: Vec::new(),
+        };
         model.changed = model.inexact()?;
         Ok(model)
     }
@@ -108,7 +126,9 @@ impl Model {
                         inexact += stored.decoding.count_inexact(bytes);
                     })?;
                 }
-                let reason = || format!("{inexact} values are no BF16 in the GGUF file and were rounded to nearest even");
+                let reason = || {
+                    format!("{inexact} values are no BF16 in the GGUF file and were rounded to nearest even")
+                };
                 Ok((inexact > 0).then(|| (id, reason())))
             })
             .filter_map(Result::transpose)
@@ -153,11 +173,13 @@ impl Source for Model {
 
     fn read_rows(&self, tensor: TensorId, rows: Range<u64>, out: &mut [u8]) -> Result<()> {
         let units_per_row = units_per_row(tensor.kind, &self.dims);
-        let run = rows.start * units_per_row..rows.end * units_per_row;
+        let run = rows.start.saturating_mul(units_per_row)..rows.end.saturating_mul(units_per_row);
         let unit_bytes = unit_bytes(tensor.kind, &self.dims);
         let size = unit_bytes as usize;
         for stored in self.tensors.get(&tensor).into_iter().flatten() {
-            let Some(Overlap { units, first, stride }) = stored.part.overlap(&run) else { continue };
+            let Some(Overlap { units, first, stride }) = stored.part.overlap(&run) else {
+                continue;
+            };
             let stored_size = stored.decoding.stored_bytes(unit_bytes) as usize;
             self.read_units(stored, units, unit_bytes, |before, bytes| {
                 // Neighbours in both files are decoded in one go.
@@ -188,7 +210,9 @@ impl Bytes {
         match self {
             Bytes::File(file) => std::os::unix::fs::FileExt::read_exact_at(file, out, start),
             Bytes::Memory(bytes) => {
-                let found = usize::try_from(start).ok().and_then(|start| bytes.get(start..)?.get(..out.len()));
+                let found = usize::try_from(start)
+                    .ok()
+                    .and_then(|start| bytes.get(start..)?.get(..out.len()));
                 out.copy_from_slice(found.ok_or(io::ErrorKind::UnexpectedEof)?);
                 Ok(())
             }
@@ -207,7 +231,11 @@ fn locate(container: &Container, dims: &Dims) -> Result<HashMap<TensorId, Vec<St
             match check(id, &part, container.tensor(&part.name)) {
                 Ok((decoding, start)) => {
                     known.insert(part.name.clone());
-                    stored.push(Stored { part, decoding, start });
+                    stored.push(Stored {
+                        part,
+                        decoding,
+                        start,
+                    });
                 }
                 Err(violation) => violations.push(violation),
             }
@@ -221,7 +249,10 @@ fn locate(container: &Container, dims: &Dims) -> Result<HashMap<TensorId, Vec<St
     // Codes and scales are one GGUF tensor, which is named once.
     violations.dedup_by(|a, b| a.field == b.field && a.rule == b.rule);
     if violations.is_empty() {
-        let unknown = container.tensors().filter(|(name, _)| !known.contains(*name)).take(MAX_VIOLATIONS);
+        let unknown = container
+            .tensors()
+            .filter(|(name, _)| !known.contains(*name))
+            .take(MAX_VIOLATIONS);
         violations.extend(unknown.map(|(name, tensor)| Violation {
             rule: Rule::SourceContainer,
             section: SECTION.into(),
@@ -231,20 +262,41 @@ fn locate(container: &Container, dims: &Dims) -> Result<HashMap<TensorId, Vec<St
             needed: "the tensors of GPT-OSS only".into(),
         }));
     }
-    if violations.is_empty() { Ok(tensors) } else { Err(violations) }
+    if violations.is_empty() {
+        Ok(tensors)
+    } else {
+        Err(violations)
+    }
 }
 
 /// How a part is decoded and where it starts, if it is there in a form that can be used.
 fn check(id: TensorId, part: &Part, tensor: Option<&Tensor>) -> Result<(Decoding, u64), Violation> {
     let refuse = |rule, range, found, needed: String| {
-        Err(Violation { rule, section: SECTION.into(), field: part.name.clone(), range, found, needed })
+        Err(Violation {
+            rule,
+            section: SECTION.into(),
+            field: part.name.clone(),
+            range,
+            found,
+            needed,
+        })
     };
     let Some(tensor) = tensor else {
-        return refuse(Rule::SourceMissing, 0..0, "no such tensor".into(), format!("it, for {id}"));
+        return refuse(
+            Rule::SourceMissing,
+            0..0,
+            "no such tensor".into(),
+            format!("it, for {id}"),
+        );
     };
     let range = tensor.range.clone();
     let Some(decoding) = Decoding::new(id.kind, tensor.ty) else {
-        return refuse(Rule::SourceDtype, range, tensor.ty.to_string(), Decoding::needed(id.kind).into());
+        return refuse(
+            Rule::SourceDtype,
+            range,
+            tensor.ty.to_string(),
+            Decoding::needed(id.kind).into(),
+        );
     };
     if tensor.axes != part.axes {
         // A Hugging Face checkpoint pads both embeddings with rows that no token has.
@@ -253,11 +305,21 @@ fn check(id: TensorId, part: &Part, tensor: Option<&Tensor>) -> Result<(Decoding
             ([width, rows], [needed_width, needed_rows]) if padded && width == needed_width => {
                 if rows < needed_rows {
                     let found = format!("{rows} rows");
-                    return refuse(Rule::SourceRows, range, found, format!("a row for each of {needed_rows} tokens"));
+                    return refuse(
+                        Rule::SourceRows,
+                        range,
+                        found,
+                        format!("a row for each of {needed_rows} tokens"),
+                    );
                 }
             }
             (found, needed) => {
-                return refuse(Rule::SourceShape, range, format!("{found:?}"), format!("{needed:?}, fastest axis first"));
+                return refuse(
+                    Rule::SourceShape,
+                    range,
+                    format!("{found:?}"),
+                    format!("{needed:?}, fastest axis first"),
+                );
             }
         }
     }

@@ -36,7 +36,8 @@ pub(super) fn entries(vocabulary: &Vocabulary) -> Result<Vec<Entry>> {
     let o200k = Vocabulary::o200k();
     let harmony = vocabulary.special_uuids == o200k.special_uuids;
     let special_name = |slot: usize, uuid: &Uuid| {
-        let known = SpecialToken::from_uuid(*uuid).map(|token| token.name).filter(|name| NAMED.contains(name));
+        let known =
+            SpecialToken::from_uuid(*uuid).map(|token| token.name).filter(|name| NAMED.contains(name));
         match (known, slot) {
             (Some(name), _) => name.to_owned(),
             (None, 0) if harmony => "<|startoftext|>".into(),
@@ -44,8 +45,10 @@ pub(super) fn entries(vocabulary: &Vocabulary) -> Result<Vec<Entry>> {
             _ => format!("<|reserved_{}|>", vocabulary.num_text_tokens as usize + slot),
         }
     };
-    let text: Vec<&[u8]> =
-        vocabulary.tokens().collect::<Result<_, _>>().map_err(|overrun| Error::Unsupported(overrun.to_string()))?;
+    let text: Vec<&[u8]> = vocabulary
+        .tokens()
+        .collect::<Result<_, _>>()
+        .map_err(|overrun| Error::Unsupported(overrun.to_string()))?;
     let special: Vec<String> =
         vocabulary.special_uuids.iter().enumerate().map(|(slot, uuid)| special_name(slot, uuid)).collect();
     let mut ranks = HashMap::with_capacity(text.len() + special.len());
@@ -53,7 +56,9 @@ pub(super) fn entries(vocabulary: &Vocabulary) -> Result<Vec<Entry>> {
     for (token, id) in text.iter().copied().chain(special.iter().map(String::as_bytes)).zip(0..) {
         if let Some(other) = ranks.insert(token, id) {
             let spelling = spell(token);
-            return Err(Error::Unsupported(format!("tokens {other} and {id} would both be {spelling} in GGUF")));
+            return Err(Error::Unsupported(format!(
+                "tokens {other} and {id} would both be {spelling} in GGUF"
+            )));
         }
     }
     for name in &special {
@@ -67,12 +72,21 @@ pub(super) fn entries(vocabulary: &Vocabulary) -> Result<Vec<Entry>> {
 
     let strings = |texts: Vec<Text>| Value::Array(Array::String(texts));
     let types = std::iter::repeat_n(NORMAL, text.len()).chain(std::iter::repeat_n(CONTROL, special.len()));
-    let id_of = |name: &str| special.iter().position(|other| other == name).map(|slot| (text.len() + slot) as u32);
+    let id_of =
+        |name: &str| special.iter().position(|other| other == name).map(|slot| (text.len() + slot) as u32);
     let pre = if vocabulary.regex == o200k.regex { O200K_PRE } else { "default" };
     let mut entries = vec![
         entry(MODEL, Value::String("gpt2".into())),
         entry(PRE, Value::String(pre.into())),
-        entry(TOKENS, strings(text.iter().map(|token| Text(spell(token))).chain(special.iter().cloned().map(Text)).collect())),
+        entry(
+            TOKENS,
+            strings(
+                text.iter()
+                    .map(|token| Text(spell(token)))
+                    .chain(special.iter().cloned().map(Text))
+                    .collect(),
+            ),
+        ),
         entry(TYPES, Value::Array(Array::I32(types.collect()))),
         entry("tokenizer.ggml.merges", strings(merges.collect())),
     ];
@@ -92,7 +106,8 @@ pub(super) fn entries(vocabulary: &Vocabulary) -> Result<Vec<Entry>> {
 /// The vocabulary of a file: by our own keys where it has them, otherwise o200k's pattern and special tokens, with the
 /// file's text tokens; further rows (a Hugging Face checkpoint has 201088) are left out.
 pub(super) fn vocabulary(container: &Container) -> Result<Vocabulary, Vec<Violation>> {
-    let refuse = |rule, field: &str, found: String, needed: &str| Err(vec![violation(rule, field, found, needed)]);
+    let refuse =
+        |rule, field: &str, found: String, needed: &str| Err(vec![violation(rule, field, found, needed)]);
     let config = Rule::SourceConfig;
     let (model, pre) = (string(container, MODEL)?, string(container, PRE)?);
     if model != "gpt2" {
@@ -103,17 +118,31 @@ pub(super) fn vocabulary(container: &Container) -> Result<Vocabulary, Vec<Violat
         other => return refuse(config, TOKENS, kind(other), "an array of strings"),
     };
     let own = match (container.value(REGEX), container.value(SPECIAL_UUIDS)) {
-        (Some(Value::String(regex)), Some(Value::Array(Array::String(uuids)))) => Some((regex.0.clone(), uuids)),
+        (Some(Value::String(regex)), Some(Value::Array(Array::String(uuids)))) => {
+            Some((regex.0.clone(), uuids))
+        }
         (None, None) => None,
-        _ => return refuse(config, REGEX, "one of the two keys, or another type".into(), "a string and an array of strings"),
+        _ => {
+            return refuse(
+                config,
+                REGEX,
+                "one of the two keys, or another type".into(),
+                "a string and an array of strings",
+            );
+        }
     };
     let (regex, special_uuids, num_text_tokens) = match own {
         Some((regex, uuids)) => {
             let parse = |text: &Text| uuid::Uuid::try_parse(&text.0).map(|uuid| Uuid(uuid.into_bytes()));
             let Ok(uuids) = uuids.iter().map(parse).collect::<Result<Vec<_>, _>>() else {
-                return refuse(config, SPECIAL_UUIDS, "another string".into(), "a UUID for each special token");
+                return refuse(
+                    config,
+                    SPECIAL_UUIDS,
+                    "another string".into(),
+                    "a UUID for each special token",
+                );
             };
-            let count = tokens.len().checked_sub(uuids.len()).unwrap_or_default();
+            let count = tokens.len().saturating_sub(uuids.len());
             (regex, uuids, count)
         }
         None if pre == O200K_PRE => {
@@ -135,16 +164,26 @@ pub(super) fn vocabulary(container: &Container) -> Result<Vocabulary, Vec<Violat
             return refuse(config, TYPES, format!("{} types", types.len()), "a type for each token");
         }
         if let Some(id) = types.iter().take(text.len()).position(|ty| *ty != NORMAL) {
-            return refuse(config, TYPES, format!("token {id} of another type"), "type 1 for each text token");
+            return refuse(
+                config,
+                TYPES,
+                format!("token {id} of another type"),
+                "type 1 for each text token",
+            );
         }
     }
     let bytes = byte_of_char();
     let mut records = Vec::new();
     for (id, token) in text.iter().enumerate() {
         let field = format!("{TOKENS}[{id}]");
-        let spelled: Option<Vec<u8>> = token.0.chars().map(|char| bytes.get(&char).copied()).collect();
+        let spelled: Option<Vec<u8>> = token.0.chars().map(|char| *bytes.get(char as usize)?).collect();
         let Some(token) = spelled else {
-            return refuse(Rule::SourceContainer, &field, format!("{:?}", token.0), "GPT-2's spelling of bytes");
+            return refuse(
+                Rule::SourceContainer,
+                &field,
+                format!("{:?}", token.0),
+                "GPT-2's spelling of bytes",
+            );
         };
         if token.is_empty() {
             return refuse(Rule::TokenEmpty, &field, "no bytes".into(), "at least one byte");
@@ -173,8 +212,15 @@ fn char_of_byte(byte: u8) -> char {
     char::from_u32(256 + moved_before).unwrap_or_default()
 }
 
-fn byte_of_char() -> HashMap<char, u8> {
-    (0..=u8::MAX).map(|byte| (char_of_byte(byte), byte)).collect()
+/// The byte that each character up to the last one of GPT-2's spelling stands for.
+fn byte_of_char() -> Vec<Option<u8>> {
+    let mut bytes = vec![None; 512];
+    for byte in 0..=u8::MAX {
+        if let Some(slot) = bytes.get_mut(char_of_byte(byte) as usize) {
+            *slot = Some(byte);
+        }
+    }
+    bytes
 }
 
 fn spell(token: &[u8]) -> String {
@@ -192,7 +238,7 @@ mod tests {
         assert_eq!(spell("é".as_bytes()), "Ã©");
         assert_eq!(spell(&[0, 127, 128, 173]), "ĀġĢŃ");
         let bytes = byte_of_char();
-        assert_eq!(bytes.len(), 256);
-        assert!(bytes.iter().all(|(&char, &byte)| char_of_byte(byte) == char));
+        assert_eq!(bytes.iter().flatten().count(), 256);
+        assert!((0..=u8::MAX).all(|byte| bytes[char_of_byte(byte) as usize] == Some(byte)));
     }
 }

@@ -9,7 +9,8 @@ use rayon::prelude::*;
 
 use super::container::{DEFAULT_ALIGNMENT, Description, GgmlType, TensorInfo, Text};
 use super::tensors::{
-    CODE_BYTES, Overlap, Part, encode_f32, encode_mxfp4, parts, unit_bytes, unit_elements, units_per_row, written_type,
+    CODE_BYTES, Overlap, Part, encode_f32, encode_mxfp4, parts, unit_bytes, unit_elements, units_per_row,
+    written_type,
 };
 use super::{metadata, vocabulary};
 use crate::canonical::{Source, runs};
@@ -53,20 +54,33 @@ pub fn write(source: &dyn Source, target: &Path, name: Option<&str>, progress: &
             let size = part.axes.iter().product::<u64>() / ty.elements * ty.bytes;
             let start = offset;
             offset = (start + size).next_multiple_of(DEFAULT_ALIGNMENT);
-            Target { part, ty, start, size }
+            Target {
+                part,
+                ty,
+                start,
+                size,
+            }
         });
         plan.push((id, targets.collect()));
     }
 
-    let infos = plan.iter().flat_map(|(_, targets)| targets).map(|target| TensorInfo {
-        name: Text(target.part.name.clone()),
-        axes: target.part.axes.clone(),
-        ty: target.ty.id,
-        offset: target.start,
-    });
+    let infos = plan
+        .iter()
+        .flat_map(|(_, targets)| targets)
+        .map(|target| TensorInfo {
+            name: Text(target.part.name.clone()),
+            axes: target.part.axes.clone(),
+            ty: target.ty.id,
+            offset: target.start,
+        });
     let mut head = Cursor::new(Vec::new());
-    let description = Description { metadata, tensors: infos.collect() };
-    description.write(&mut head).map_err(|error| Error::Unsupported(format!("GGUF metadata: {error}")))?;
+    let description = Description {
+        metadata,
+        tensors: infos.collect(),
+    };
+    description
+        .write(&mut head)
+        .map_err(|error| Error::Unsupported(format!("GGUF metadata: {error}")))?;
     let head = head.into_inner();
     let data = (head.len() as u64).next_multiple_of(DEFAULT_ALIGNMENT);
     for target in plan.iter_mut().flat_map(|(_, targets)| targets) {
@@ -80,7 +94,13 @@ pub fn write(source: &dyn Source, target: &Path, name: Option<&str>, progress: &
     };
     // What lies between tensors is never written, and so zero.
     file.set_len(data + offset).map_err(Error::io(target))?;
-    progress.begin("GGUF", plan.iter().flat_map(|(_, targets)| targets).map(|target| target.size).sum());
+    progress.begin(
+        "GGUF",
+        plan.iter()
+            .flat_map(|(_, targets)| targets)
+            .map(|target| target.size)
+            .sum(),
+    );
     write_at(&head, 0)?;
     let jobs: Vec<_> = plan
         .iter()
@@ -89,20 +109,23 @@ pub fn write(source: &dyn Source, target: &Path, name: Option<&str>, progress: &
             runs(0..rows, 1, row_bytes, BUFFER).map(move |run| (*id, targets, run))
         })
         .collect();
-    jobs.into_par_iter().try_for_each_init(Buffers::default, |buffers, (id, targets, rows)| -> Result<()> {
-        let units_per_row = units_per_row(id.kind, dims);
-        buffers.read(source, id, rows.clone())?;
-        for Target { part, ty, start, .. } in targets {
-            let run = rows.start * units_per_row..rows.end * units_per_row;
-            if let Some(overlap) = part.overlap(&run) {
-                let first = overlap.units.start;
-                let stored = buffers.encode(id.kind, *ty, &overlap, dims);
-                write_at(stored, start + first * (stored.len() as u64 / overlap.len()))?;
-                progress.advance(stored.len() as u64);
+    jobs.into_par_iter().try_for_each_init(
+        Buffers::default,
+        |buffers, (id, targets, rows)| -> Result<()> {
+            let units_per_row = units_per_row(id.kind, dims);
+            buffers.read(source, id, rows.clone())?;
+            for Target { part, ty, start, .. } in targets {
+                let run = rows.start * units_per_row..rows.end * units_per_row;
+                if let Some(overlap) = part.overlap(&run) {
+                    let first = overlap.units.start;
+                    let stored = buffers.encode(id.kind, *ty, &overlap, dims);
+                    write_at(stored, start + first * (stored.len() as u64 / overlap.len()))?;
+                    progress.advance(stored.len() as u64);
+                }
             }
-        }
-        Ok(())
-    })?;
+            Ok(())
+        },
+    )?;
     output.finish()
 }
 
@@ -139,7 +162,11 @@ impl Buffers {
         let stored_size = (unit_elements(kind, dims) / ty.elements * ty.bytes) as usize;
         self.stored.resize(count * stored_size, 0);
         // Neighbours in both files are encoded in one go.
-        let (group, stride) = if overlap.stride == 1 { (count, 1) } else { (1, overlap.stride) };
+        let (group, stride) = if overlap.stride == 1 {
+            (count, 1)
+        } else {
+            (1, overlap.stride)
+        };
         for (index, stored) in self.stored.chunks_exact_mut(group * stored_size).enumerate() {
             let first = overlap.first + index * stride;
             let units = |size: usize| first * size..(first + group) * size;

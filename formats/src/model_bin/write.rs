@@ -96,6 +96,18 @@ pub fn write(source: &dyn Source, target: &Path, progress: &dyn Progress) -> Res
     Ok(file)
 }
 
+/// Writes `source` to a stream that can tell its position, from its start on. Nothing is checked in advance: a value
+/// that no file may hold ends the writing in the middle.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_to<W: Write + Seek>(source: &dyn Source, out: &mut W, progress: &dyn Progress) -> Result<layout::File> {
+    let file = plan(source)?;
+    let payload = SourcePayload::new(source, progress);
+    file.write_le_args(out, &payload).map_err(|error| unwrap(error, Path::new("the output")))?;
+    Ok(file)
+}
+
 /// The prefix of a file in memory.
 fn prefix_bytes(prefix: &Prefix, source: &dyn Source) -> Result<Vec<u8>> {
     let mut bytes = Cursor::new(Vec::new());

@@ -29,15 +29,26 @@ const PAIRS: [[f32; 2]; 256] = {
 
 /// Decodes `blocks` (16·n bytes) with the checkpoint's `scales` (n bytes) into `out` (32·n values).
 ///
-/// Bit-identical to [`codec::value`](super::codec::value) for every code and scale.
+/// Bit-identical to [`codec::value`](super::codec::value) for every code and scale, up to the payload of NaN.
+///
+/// Safe code is enough: on an x86-64 core it keeps up with copying the output (`examples/decode_speed.rs`). Only
+/// products that are subnormal (scales 0 and 1) take such a processor a hundred times as long.
 ///
 /// # Errors
 /// Lengths that do not fit together; then `out` is untouched.
 pub fn decode(blocks: &[u8], scales: &[u8], out: &mut [f32]) -> Result<(), LengthMismatch> {
-    let mismatch = LengthMismatch { blocks: blocks.len(), scales: scales.len(), out: out.len() };
+    let mismatch = LengthMismatch {
+        blocks: blocks.len(),
+        scales: scales.len(),
+        out: out.len(),
+    };
     let (blocks, no_bytes) = blocks.as_chunks::<BLOCK_BYTES>();
     let (out, no_values) = out.as_chunks_mut::<BLOCK>();
-    if !no_bytes.is_empty() || !no_values.is_empty() || blocks.len() != scales.len() || out.len() != scales.len() {
+    if !no_bytes.is_empty()
+        || !no_values.is_empty()
+        || blocks.len() != scales.len()
+        || out.len() != scales.len()
+    {
         return Err(mismatch);
     }
     for ((block, &scale), out) in blocks.iter().zip(scales).zip(out) {

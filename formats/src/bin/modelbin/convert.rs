@@ -15,7 +15,7 @@ use indicatif::HumanBytes;
 
 use crate::CheckpointOptions;
 use crate::compare::open;
-use crate::terminal::{Console, Outcome};
+use crate::terminal::{Console, Outcome, plural};
 
 /// `modelbin export`.
 pub fn export(console: &Console, src: &Path, dst: &Path, options: &CheckpointOptions) -> Result<Outcome> {
@@ -134,7 +134,7 @@ fn summary(console: &Console, from: &str, file: &File, src: &Path, dst: &Path, n
     print_notes(&mut out, notes)?;
     for (name, range, spans) in map.sections() {
         let size = HumanBytes(range.end - range.start).to_string();
-        writeln!(out, "{:>14}  {size:>12}  {name} ({} parts)", range.start, spans.len())?;
+        writeln!(out, "{:>14}  {size:>12}  {name} ({} part{})", range.start, spans.len(), plural(spans.len()))?;
     }
     let header = &file.prefix.head.model;
     let (blocks, experts) = (header.num_blocks, header.num_experts);

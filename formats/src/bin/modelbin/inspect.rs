@@ -20,6 +20,14 @@ pub fn dump(file: &Path, limits: Limits) -> Result<Outcome> {
     Ok(Outcome::Fine)
 }
 
+/// The first lines of a dump.
+pub fn head(file: &Path, lines: usize) -> Result<Outcome> {
+    let mut text = Vec::new();
+    dump::dump(&Bytes::map(file)?, &mut text, Limits::default())?;
+    String::from_utf8_lossy(&text).lines().take(lines).for_each(|line| println!("{line}"));
+    Ok(Outcome::Fine)
+}
+
 /// `modelbin inspect`.
 pub fn inspect(console: &Console, file: &Path, tensors: bool) -> Result<Outcome> {
     let bytes = Bytes::map(file)?;

@@ -192,7 +192,7 @@ fn run(arguments: Arguments) -> Result<Outcome> {
         Verb::Tokenize { model, decode, special, text } => {
             tokenize::tokenize(&console, model.as_deref(), text, decode, special)
         }
-        Verb::Demo { dst } => demo::demo(&console, dst),
+        Verb::Demo { dst } => demo::demo(&terminal::Console::new(false, true), dst),
         Verb::Completions { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "modelbin", &mut io::stdout());
             Ok(Outcome::Fine)

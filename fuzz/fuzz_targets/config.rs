@@ -1,0 +1,8 @@
+//! Runs [`fuzz::config`].
+#![cfg_attr(fuzzing, no_main)]
+
+#[cfg(fuzzing)]
+libfuzzer_sys::fuzz_target!(init: fuzz::use_one_thread(), |data: &[u8]| fuzz::config(data));
+
+#[cfg(not(fuzzing))]
+fn main() {}

@@ -1,0 +1,3 @@
+//! Target.
+/// Stub.
+pub fn config(_: &[u8]) {}

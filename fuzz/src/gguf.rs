@@ -1,0 +1,3 @@
+//! Target.
+/// Stub.
+pub fn gguf(_: &[u8]) {}
