@@ -8,7 +8,7 @@
 
 use std::fs::{self, File};
 use std::hint::black_box;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -201,7 +201,7 @@ fn export(folder: &Path, checkpoint: &Path, model: &Path) -> Result<()> {
     }
     // Everything is in the page cache from here on, for all alike.
     for file in fs::read_dir(checkpoint)? {
-        std::io::copy(&mut File::open(file?.path())?.by_ref(), &mut std::io::sink())?;
+        std::io::copy(&mut File::open(file?.path())?, &mut std::io::sink())?;
     }
     let mut costs: Vec<Vec<Cost>> = commands.iter().map(|_| Vec::new()).collect();
     for _ in 0..ROUNDS {

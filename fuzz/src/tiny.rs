@@ -3,14 +3,13 @@
 use std::io::Cursor;
 use std::ops::Range;
 
-use binrw::BinWrite;
 use formats::canonical::Source;
 use formats::model_bin::header::{ModelHeader, Uuid};
 use formats::model_bin::tensors::{Dims, Dtype, TensorId};
-use formats::model_bin::write::{SourcePayload, plan};
+use formats::model_bin::write::write_to;
 use formats::progress::Progress;
 use formats::vocabulary::{SPECIAL_TOKENS, Vocabulary};
-use formats::{Error, Result};
+use formats::Result;
 
 /// Splits into words with a leading blank, runs of digits, and whatever else there is.
 const REGEX: &str = r" ?\p{L}+|\p{N}{1,3}|\s+(?!\S)|[^\p{L}\p{N}]";
@@ -104,12 +103,7 @@ impl Source for Tiny {
 
 /// The `model.bin` of a source.
 pub(crate) fn model_bin(source: &dyn Source) -> Result<Vec<u8>> {
-    let file = plan(source)?;
     let mut bytes = Cursor::new(Vec::new());
-    let payload = SourcePayload::new(source, &());
-    match file.write_le_args(&mut bytes, &payload) {
-        Ok(()) => Ok(bytes.into_inner()),
-        Err(binrw::Error::Io(error)) => Err(error.downcast().unwrap_or_else(Error::io("the file in memory"))),
-        Err(other) => panic!("the writer says {other}"),
-    }
+    write_to(source, &mut bytes, &())?;
+    Ok(bytes.into_inner())
 }

@@ -16,9 +16,7 @@ pub(super) fn merges(tokens: &[&[u8]], ranks: &HashMap<&[u8], u32>) -> Vec<Optio
     tokens
         .par_iter()
         .enumerate()
-        .map_init(Parts::default, |parts, (rank, token)| {
-            parts.last_join(token, rank, ranks)
-        })
+        .map_init(Parts::default, |parts, (rank, token)| parts.last_join(token, rank, ranks))
         .collect()
 }
 
@@ -39,15 +37,13 @@ impl Parts {
         self.ends.clear();
         self.ends.extend(1..=token.len());
         self.previous.clear();
-        self.previous
-            .extend((0..=token.len()).map(|start| start.saturating_sub(1)));
+        self.previous.extend((0..=token.len()).map(|start| start.saturating_sub(1)));
         self.pairs.clear();
         let pair = |start: usize, end: usize| {
             let pair = *ranks.get(token.get(start..end)?)?;
             ((pair as usize) < rank).then_some(Reverse((pair, start, end)))
         };
-        self.pairs
-            .extend((0..token.len()).filter_map(|start| pair(start, start + 2)));
+        self.pairs.extend((0..token.len()).filter_map(|start| pair(start, start + 2)));
         let mut count = token.len();
         while let Some(Reverse((_, start, end))) = self.pairs.pop() {
             let middle = self.end(start);

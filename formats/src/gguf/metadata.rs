@@ -39,38 +39,18 @@ enum Form {
 const KEYS: &[(&str, &str, Form)] = &[
     ("gpt-oss.block_count", "num_hidden_layers", Form::U32),
     ("gpt-oss.embedding_length", "hidden_size", Form::U32),
-    (
-        "gpt-oss.expert_feed_forward_length",
-        "intermediate_size",
-        Form::U32,
-    ),
+    ("gpt-oss.expert_feed_forward_length", "intermediate_size", Form::U32),
     ("gpt-oss.attention.head_count", "num_attention_heads", Form::U32),
-    (
-        "gpt-oss.attention.head_count_kv",
-        "num_key_value_heads",
-        Form::U32,
-    ),
+    ("gpt-oss.attention.head_count_kv", "num_key_value_heads", Form::U32),
     ("gpt-oss.attention.key_length", "head_dim", Form::U32),
     ("gpt-oss.attention.sliding_window", "sliding_window", Form::U32),
     ("gpt-oss.expert_count", "num_experts", Form::U32),
     ("gpt-oss.expert_used_count", "experts_per_token", Form::U32),
     ("gpt-oss.rope.freq_base", "rope_theta", Form::F32),
     ("gpt-oss.rope.scaling.factor", "rope_scaling_factor", Form::F32),
-    (
-        "gpt-oss.rope.scaling.original_context_length",
-        "initial_context_length",
-        Form::U32,
-    ),
-    (
-        "gpt-oss.rope.scaling.yarn_beta_slow",
-        "rope_ntk_alpha",
-        Form::OptionalF32(1.0),
-    ),
-    (
-        "gpt-oss.rope.scaling.yarn_beta_fast",
-        "rope_ntk_beta",
-        Form::OptionalF32(32.0),
-    ),
+    ("gpt-oss.rope.scaling.original_context_length", "initial_context_length", Form::U32),
+    ("gpt-oss.rope.scaling.yarn_beta_slow", "rope_ntk_alpha", Form::OptionalF32(1.0)),
+    ("gpt-oss.rope.scaling.yarn_beta_fast", "rope_ntk_beta", Form::OptionalF32(32.0)),
 ];
 
 /// The metadata of a model, without its vocabulary.
@@ -91,12 +71,7 @@ pub(super) fn entries(header: &ModelHeader, name: Option<&str>) -> Vec<Entry> {
 /// The `gpt-oss.` keys.
 fn model_entries(header: &ModelHeader) -> Vec<Entry> {
     let config = recover(header).json;
-    let number = |key| {
-        config
-            .get(key)
-            .and_then(serde_json::Value::as_f64)
-            .unwrap_or_default()
-    };
+    let number = |key| config.get(key).and_then(serde_json::Value::as_f64).unwrap_or_default();
     let mut entries = vec![
         entry(CONTEXT_LENGTH, Value::U32(header.context_length)),
         entry(VALUE_LENGTH, Value::U32(header.head_dim)),
@@ -108,11 +83,7 @@ fn model_entries(header: &ModelHeader) -> Vec<Entry> {
         let value = number(original);
         entry(
             key,
-            if form == Form::U32 {
-                Value::U32(value.round() as u32)
-            } else {
-                Value::F32(value as f32)
-            },
+            if form == Form::U32 { Value::U32(value.round() as u32) } else { Value::F32(value as f32) },
         )
     }));
     entries
@@ -170,11 +141,7 @@ fn stored_header(container: &Container, stored: &Value) -> Result<ModelHeader, V
             violations.push(violation(Rule::SourceConfig, &expected.key.0, found, &needed));
         }
     }
-    if violations.is_empty() {
-        Ok(header)
-    } else {
-        Err(violations)
-    }
+    if violations.is_empty() { Ok(header) } else { Err(violations) }
 }
 
 /// The header of a file that somebody else wrote, by the exporter's formulas.
@@ -187,11 +154,7 @@ fn computed_header(container: &Container) -> Result<ModelHeader, Vec<Violation>>
         (None, Form::OptionalF32(default)) => decimal(default),
         (found, form) => {
             let found = found.map_or("no such key".into(), |value| format!("{value:?}"));
-            let needed = if form == Form::U32 {
-                "a u32"
-            } else {
-                "a finite f32"
-            };
+            let needed = if form == Form::U32 { "a u32" } else { "a finite f32" };
             violations.push(violation(Rule::SourceConfig, key, found, needed));
             Number::from(0)
         }
@@ -213,12 +176,7 @@ fn computed_header(container: &Container) -> Result<ModelHeader, Vec<Violation>>
         ));
     }
     if context_length.as_u64() == Some(0) {
-        violations.push(violation(
-            Rule::SourceConfig,
-            CONTEXT_LENGTH,
-            "0".into(),
-            "at least 1",
-        ));
+        violations.push(violation(Rule::SourceConfig, CONTEXT_LENGTH, "0".into(), "at least 1"));
     }
     if !violations.is_empty() {
         return Err(violations);
@@ -229,12 +187,7 @@ fn computed_header(container: &Container) -> Result<ModelHeader, Vec<Violation>>
     if header.rmsnorm_epsilon > 0.0 {
         Ok(header)
     } else {
-        Err(vec![violation(
-            Rule::SourceConfig,
-            EPSILON,
-            epsilon.to_string(),
-            "a positive number",
-        )])
+        Err(vec![violation(Rule::SourceConfig, EPSILON, epsilon.to_string(), "a positive number")])
     }
 }
 
@@ -256,12 +209,7 @@ fn with_gguf_keys(mut violations: Vec<Violation>) -> Vec<Violation> {
 
 /// The shortest decimal number that is this f32.
 fn decimal(value: f32) -> Number {
-    value
-        .to_string()
-        .parse()
-        .ok()
-        .and_then(Number::from_f64)
-        .unwrap_or_else(|| 0.into())
+    value.to_string().parse().ok().and_then(Number::from_f64).unwrap_or_else(|| 0.into())
 }
 
 /// The string under a key.
@@ -269,21 +217,14 @@ pub(super) fn string<'a>(container: &'a Container, key: &str) -> Result<&'a str,
     match container.value(key) {
         Some(Value::String(text)) => Ok(&text.0),
         other => {
-            let found = if other.is_some() {
-                "another type"
-            } else {
-                "no such key"
-            };
+            let found = if other.is_some() { "another type" } else { "no such key" };
             Err(vec![violation(Rule::SourceConfig, key, found.into(), "a string")])
         }
     }
 }
 
 pub(super) fn entry(key: &str, value: Value) -> Entry {
-    Entry {
-        key: key.into(),
-        value,
-    }
+    Entry { key: key.into(), value }
 }
 
 pub(super) fn violation(rule: Rule, field: &str, found: String, needed: &str) -> Violation {

@@ -61,10 +61,7 @@ impl Model {
     pub fn open(path: &Path) -> Result<Model> {
         let file = File::open(path).map_err(Error::io(path))?;
         if !file.metadata().map_err(Error::io(path))?.is_file() {
-            return Err(Error::Unsupported(format!(
-                "{} is not a regular file",
-                path.display()
-            )));
+            return Err(Error::Unsupported(format!("{} is not a regular file", path.display())));
         }
         Model::new(path, Bytes::File(file))
     }
@@ -75,10 +72,7 @@ impl Model {
     }
 
     fn new(path: &Path, bytes: Bytes) -> Result<Model> {
-        let invalid = |violations| Error::Invalid {
-            path: path.into(),
-            violations,
-        };
+        let invalid = |violations| Error::Invalid { path: path.into(), violations };
         let container = match &bytes {
             Bytes::File(file) => {
                 let len = file.metadata().map_err(Error::io(path))?.len();
@@ -91,23 +85,11 @@ impl Model {
         let vocabulary = vocabulary::vocabulary(&container).map_err(invalid)?;
         let dims = Dims::new(&header, vocabulary.len()).map_err(|unlayable| {
             let rule = Rule::SourceConfig;
-            invalid(vec![metadata::violation(
-                rule,
-                unlayable.field,
-                unlayable.found,
-                unlayable.needed,
-            )])
+            invalid(vec![metadata::violation(rule, unlayable.field, unlayable.found, unlayable.needed)])
         })?;
         let tensors = locate(&container, &dims).map_err(invalid)?;
-        let mut model = Model {
-            path: path.into(),
-            bytes,
-            header,
-            dims,
-            vocabulary,
-            tensors,
-            changed: Vec::new(),
-        };
+        let mut model =
+            Model { path: path.into(), bytes, header, dims, vocabulary, tensors, changed: Vec::new() };
         model.changed = model.inexact()?;
         Ok(model)
     }
@@ -210,9 +192,8 @@ impl Bytes {
         match self {
             Bytes::File(file) => std::os::unix::fs::FileExt::read_exact_at(file, out, start),
             Bytes::Memory(bytes) => {
-                let found = usize::try_from(start)
-                    .ok()
-                    .and_then(|start| bytes.get(start..)?.get(..out.len()));
+                let found =
+                    usize::try_from(start).ok().and_then(|start| bytes.get(start..)?.get(..out.len()));
                 out.copy_from_slice(found.ok_or(io::ErrorKind::UnexpectedEof)?);
                 Ok(())
             }
@@ -231,11 +212,7 @@ fn locate(container: &Container, dims: &Dims) -> Result<HashMap<TensorId, Vec<St
             match check(id, &part, container.tensor(&part.name)) {
                 Ok((decoding, start)) => {
                     known.insert(part.name.clone());
-                    stored.push(Stored {
-                        part,
-                        decoding,
-                        start,
-                    });
+                    stored.push(Stored { part, decoding, start });
                 }
                 Err(violation) => violations.push(violation),
             }
@@ -249,10 +226,7 @@ fn locate(container: &Container, dims: &Dims) -> Result<HashMap<TensorId, Vec<St
     // Codes and scales are one GGUF tensor, which is named once.
     violations.dedup_by(|a, b| a.field == b.field && a.rule == b.rule);
     if violations.is_empty() {
-        let unknown = container
-            .tensors()
-            .filter(|(name, _)| !known.contains(*name))
-            .take(MAX_VIOLATIONS);
+        let unknown = container.tensors().filter(|(name, _)| !known.contains(*name)).take(MAX_VIOLATIONS);
         violations.extend(unknown.map(|(name, tensor)| Violation {
             rule: Rule::SourceContainer,
             section: SECTION.into(),
@@ -262,41 +236,20 @@ fn locate(container: &Container, dims: &Dims) -> Result<HashMap<TensorId, Vec<St
             needed: "the tensors of GPT-OSS only".into(),
         }));
     }
-    if violations.is_empty() {
-        Ok(tensors)
-    } else {
-        Err(violations)
-    }
+    if violations.is_empty() { Ok(tensors) } else { Err(violations) }
 }
 
 /// How a part is decoded and where it starts, if it is there in a form that can be used.
 fn check(id: TensorId, part: &Part, tensor: Option<&Tensor>) -> Result<(Decoding, u64), Violation> {
     let refuse = |rule, range, found, needed: String| {
-        Err(Violation {
-            rule,
-            section: SECTION.into(),
-            field: part.name.clone(),
-            range,
-            found,
-            needed,
-        })
+        Err(Violation { rule, section: SECTION.into(), field: part.name.clone(), range, found, needed })
     };
     let Some(tensor) = tensor else {
-        return refuse(
-            Rule::SourceMissing,
-            0..0,
-            "no such tensor".into(),
-            format!("it, for {id}"),
-        );
+        return refuse(Rule::SourceMissing, 0..0, "no such tensor".into(), format!("it, for {id}"));
     };
     let range = tensor.range.clone();
     let Some(decoding) = Decoding::new(id.kind, tensor.ty) else {
-        return refuse(
-            Rule::SourceDtype,
-            range,
-            tensor.ty.to_string(),
-            Decoding::needed(id.kind).into(),
-        );
+        return refuse(Rule::SourceDtype, range, tensor.ty.to_string(), Decoding::needed(id.kind).into());
     };
     if tensor.axes != part.axes {
         // A Hugging Face checkpoint pads both embeddings with rows that no token has.

@@ -45,18 +45,10 @@ pub(super) struct Overlap {
 impl Part {
     /// Which of the canonical units `run` this part holds.
     pub fn overlap(&self, run: &Range<u64>) -> Option<Overlap> {
-        let index = |unit: u64| {
-            unit.saturating_sub(self.first)
-                .div_ceil(self.stride)
-                .min(self.count)
-        };
+        let index = |unit: u64| unit.saturating_sub(self.first).div_ceil(self.stride).min(self.count);
         let units = index(run.start)..index(run.end);
         let first = (self.first + units.start * self.stride).saturating_sub(run.start) as usize;
-        (!units.is_empty()).then_some(Overlap {
-            units,
-            first,
-            stride: self.stride as usize,
-        })
+        (!units.is_empty()).then_some(Overlap { units, first, stride: self.stride as usize })
     }
 
     /// All of its units.
@@ -75,11 +67,7 @@ impl Overlap {
 /// Units of a row of this kind.
 pub(super) fn units_per_row(kind: TensorKind, dims: &Dims) -> u64 {
     // Gate and up alternate: for the weights row by row, for the bias element by element.
-    if kind == TensorKind::Mlp1Bias {
-        2 * dims.mlp_dim()
-    } else {
-        1
-    }
+    if kind == TensorKind::Mlp1Bias { 2 * dims.mlp_dim() } else { 1 }
 }
 
 /// Canonical bytes of a unit.
@@ -118,11 +106,7 @@ pub(super) fn parts(tensor: TensorId, dims: &Dims) -> Vec<Part> {
     let qkv = [(0, query), (query, key), (query + key, key)];
     let whole = |name| vec![(name, 0, 1, units)];
     let concatenated = |names: [&'static str; 3]| {
-        names
-            .into_iter()
-            .zip(qkv)
-            .map(|(name, (first, count))| (name, first, 1, count))
-            .collect()
+        names.into_iter().zip(qkv).map(|(name, (first, count))| (name, first, 1, count)).collect()
     };
     let alternating = |gate, up| vec![(gate, 0, 2, units / 2), (up, 1, 2, units / 2)];
     let parts = match kind {
@@ -146,11 +130,7 @@ pub(super) fn parts(tensor: TensorId, dims: &Dims) -> Vec<Part> {
     parts
         .into_iter()
         .map(|(name, first, stride, count)| {
-            let name = if kind.is_per_block() {
-                format!("blk.{}.{name}", tensor.block)
-            } else {
-                name.into()
-            };
+            let name = if kind.is_per_block() { format!("blk.{}.{name}", tensor.block) } else { name.into() };
             let size = |axis: &Axis| match axis {
                 Axis::BlockBytes => None,
                 Axis::EmbeddingBlocks | Axis::MlpBlocks => Some(axis.size(dims) * BLOCK_VALUES),
@@ -159,13 +139,7 @@ pub(super) fn parts(tensor: TensorId, dims: &Dims) -> Vec<Part> {
                 axis => Some(axis.size(dims)),
             };
             let axes = kind.axes().iter().rev().filter_map(size).collect();
-            Part {
-                name,
-                first,
-                stride,
-                count,
-                axes,
-            }
+            Part { name, first, stride, count, axes }
         })
         .collect()
 }
@@ -201,11 +175,7 @@ impl Decoding {
 
     /// What a tensor of this kind must be stored as.
     pub fn needed(kind: TensorKind) -> &'static str {
-        if is_mxfp4(kind) {
-            "MXFP4"
-        } else {
-            "BF16, F32 or F16"
-        }
+        if is_mxfp4(kind) { "MXFP4" } else { "BF16, F32 or F16" }
     }
 
     /// Bytes in the GGUF tensor for `canonical` bytes.
@@ -253,22 +223,9 @@ impl Decoding {
 
     fn for_each_value(self, stored: &[u8], each: impl FnMut(f32)) {
         match self {
-            Decoding::F32 => stored
-                .as_chunks()
-                .0
-                .iter()
-                .copied()
-                .map(f32::from_le_bytes)
-                .for_each(each),
+            Decoding::F32 => stored.as_chunks().0.iter().copied().map(f32::from_le_bytes).for_each(each),
             Decoding::F16 => {
-                stored
-                    .as_chunks()
-                    .0
-                    .iter()
-                    .copied()
-                    .map(f16::from_le_bytes)
-                    .map(f16::to_f32)
-                    .for_each(each);
+                stored.as_chunks().0.iter().copied().map(f16::from_le_bytes).map(f16::to_f32).for_each(each);
             }
             Decoding::Bf16 | Decoding::Codes | Decoding::Scales => {}
         }
@@ -282,11 +239,7 @@ fn is_bf16(wide: f32) -> bool {
 
 /// Rounded to nearest even. A value that is a BF16 keeps its bits, which `bf16::from_f32` would not promise of a NaN.
 fn to_bf16(wide: f32) -> bf16 {
-    if is_bf16(wide) {
-        bf16::from_bits((wide.to_bits() >> 16) as u16)
-    } else {
-        bf16::from_f32(wide)
-    }
+    if is_bf16(wide) { bf16::from_bits((wide.to_bits() >> 16) as u16) } else { bf16::from_f32(wide) }
 }
 
 /// Canonical codes, byte j holding elements 2j and 2j + 1, from ggml's, byte j holding elements j and j + 16.
@@ -325,12 +278,7 @@ pub(super) fn encode_mxfp4(codes: &[u8], scales: &[u8], stored: &mut [u8]) {
 
 /// F32 from canonical BF16, which is exact.
 pub(super) fn encode_f32(canonical: &[u8], stored: &mut [u8]) {
-    for (target, [low, high]) in stored
-        .as_chunks_mut::<4>()
-        .0
-        .iter_mut()
-        .zip(canonical.as_chunks::<2>().0)
-    {
+    for (target, [low, high]) in stored.as_chunks_mut::<4>().0.iter_mut().zip(canonical.as_chunks::<2>().0) {
         *target = [0, 0, *low, *high];
     }
 }

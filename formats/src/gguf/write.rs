@@ -54,33 +54,20 @@ pub fn write(source: &dyn Source, target: &Path, name: Option<&str>, progress: &
             let size = part.axes.iter().product::<u64>() / ty.elements * ty.bytes;
             let start = offset;
             offset = (start + size).next_multiple_of(DEFAULT_ALIGNMENT);
-            Target {
-                part,
-                ty,
-                start,
-                size,
-            }
+            Target { part, ty, start, size }
         });
         plan.push((id, targets.collect()));
     }
 
-    let infos = plan
-        .iter()
-        .flat_map(|(_, targets)| targets)
-        .map(|target| TensorInfo {
-            name: Text(target.part.name.clone()),
-            axes: target.part.axes.clone(),
-            ty: target.ty.id,
-            offset: target.start,
-        });
+    let infos = plan.iter().flat_map(|(_, targets)| targets).map(|target| TensorInfo {
+        name: Text(target.part.name.clone()),
+        axes: target.part.axes.clone(),
+        ty: target.ty.id,
+        offset: target.start,
+    });
     let mut head = Cursor::new(Vec::new());
-    let description = Description {
-        metadata,
-        tensors: infos.collect(),
-    };
-    description
-        .write(&mut head)
-        .map_err(|error| Error::Unsupported(format!("GGUF metadata: {error}")))?;
+    let description = Description { metadata, tensors: infos.collect() };
+    description.write(&mut head).map_err(|error| Error::Unsupported(format!("GGUF metadata: {error}")))?;
     let head = head.into_inner();
     let data = (head.len() as u64).next_multiple_of(DEFAULT_ALIGNMENT);
     for target in plan.iter_mut().flat_map(|(_, targets)| targets) {
@@ -94,13 +81,7 @@ pub fn write(source: &dyn Source, target: &Path, name: Option<&str>, progress: &
     };
     // What lies between tensors is never written, and so zero.
     file.set_len(data + offset).map_err(Error::io(target))?;
-    progress.begin(
-        "GGUF",
-        plan.iter()
-            .flat_map(|(_, targets)| targets)
-            .map(|target| target.size)
-            .sum(),
-    );
+    progress.begin("GGUF", plan.iter().flat_map(|(_, targets)| targets).map(|target| target.size).sum());
     write_at(&head, 0)?;
     let jobs: Vec<_> = plan
         .iter()
@@ -162,11 +143,7 @@ impl Buffers {
         let stored_size = (unit_elements(kind, dims) / ty.elements * ty.bytes) as usize;
         self.stored.resize(count * stored_size, 0);
         // Neighbours in both files are encoded in one go.
-        let (group, stride) = if overlap.stride == 1 {
-            (count, 1)
-        } else {
-            (1, overlap.stride)
-        };
+        let (group, stride) = if overlap.stride == 1 { (count, 1) } else { (1, overlap.stride) };
         for (index, stored) in self.stored.chunks_exact_mut(group * stored_size).enumerate() {
             let first = overlap.first + index * stride;
             let units = |size: usize| first * size..(first + group) * size;

@@ -21,6 +21,8 @@ use crate::progress::Progress;
 use crate::rules::Rule;
 use crate::violation::{Error, Result, Violation};
 
+/// Bytes that are written before the disk is asked to take them.
+const FLUSH: usize = 128 << 20;
 /// Bytes that are read, transformed and handed on at a time.
 const BUFFER: usize = 4 << 20;
 /// Buffers on their way to the file; with the two of the transform all that an export holds of the model.
@@ -79,8 +81,8 @@ pub fn write(source: &dyn Source, target: &Path, progress: &dyn Progress) -> Res
     progress.begin("writing", file.weights.end());
     thread::scope(|scope| {
         let (mut sink, drain) = Pipe::new();
-        let mut destination = output.file();
-        let writer = scope.spawn(move || drain.into_file(&mut destination));
+        let destination = output.file();
+        let writer = scope.spawn(move || drain.into_file(destination));
         let payload = SourcePayload::new(source, progress);
         let written = file.write_le_args(&mut sink, &payload).map_err(|error| unwrap(error, target));
         let flushed = sink.finish();
@@ -286,13 +288,24 @@ impl Seek for Pipe {
 }
 
 impl Drain {
-    fn into_file(self, file: &mut &File) -> io::Result<()> {
-        for mut buffer in self.full {
-            file.write_all(&buffer)?;
-            buffer.clear();
-            // The other end may be done and gone.
-            let _ = self.empty.send(buffer);
-        }
-        Ok(())
+    fn into_file(self, mut file: &File) -> io::Result<()> {
+        thread::scope(|scope| {
+            let (tick, ticks) = mpsc::sync_channel(1);
+            // The disk works while the next bytes are prepared, instead of all at once at the end.
+            let flusher = scope.spawn(move || ticks.iter().try_for_each(|()| file.sync_data()));
+            let mut unflushed = 0;
+            for mut buffer in self.full {
+                file.write_all(&buffer)?;
+                unflushed += buffer.len();
+                if unflushed >= FLUSH && tick.try_send(()).is_ok() {
+                    unflushed = 0;
+                }
+                buffer.clear();
+                // The other end may be done and gone.
+                let _ = self.empty.send(buffer);
+            }
+            drop(tick);
+            flusher.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
     }
 }
