@@ -20,9 +20,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let folder = env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?;
     fs::write(Path::new(&folder).join("o200k.records"), records)?;
-    fs::write(
-        Path::new(&folder).join("o200k.regex"),
-        tiktoken_rs::O200K_BASE_PAT_STR,
-    )?;
+    fs::write(Path::new(&folder).join("o200k.regex"), tiktoken_rs::O200K_BASE_PAT_STR)?;
     Ok(())
 }

@@ -29,7 +29,8 @@ use nix::sys::time::TimeVal;
 const ROUNDS: usize = 5;
 
 fn main() -> Result<()> {
-    let wanted: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    let wanted: Vec<String> =
+        std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
     let want = |part: &str| wanted.is_empty() || wanted.iter().any(|wanted| wanted == part);
     let folder = tempfile::Builder::new().prefix("modelbin-speed-").tempdir_in(std::env::temp_dir())?;
     if want("decode") {
@@ -39,12 +40,24 @@ fn main() -> Result<()> {
         structure(folder.path())?;
     }
     if want("export") || want("verify") {
-        let spec = Spec { layers: 8, experts: 32, hidden: 1440, intermediate: 1440, heads: 16, kv_heads: 4, ..Spec::default() };
+        let spec = Spec {
+            layers: 8,
+            experts: 32,
+            hidden: 1440,
+            intermediate: 1440,
+            heads: 16,
+            kv_heads: 4,
+            ..Spec::default()
+        };
         let checkpoint = folder.path().join("checkpoint");
         println!("generating a checkpoint of 8 blocks, 32 experts, hidden 1440 …");
         write(&spec, Form::new(Layout::Original, 2), &checkpoint)?;
         let model = folder.path().join("model.bin");
-        run(Command::new(modelbin()?).args(["export", "--quiet", "-s"]).arg(&checkpoint).arg("-d").arg(&model))?;
+        run(Command::new(modelbin()?)
+            .args(["export", "--quiet", "-s"])
+            .arg(&checkpoint)
+            .arg("-d")
+            .arg(&model))?;
         if want("verify") {
             values(&model)?;
         }
@@ -61,8 +74,10 @@ fn root() -> PathBuf {
 
 /// The release build of the command, made now if need be.
 fn modelbin() -> Result<PathBuf> {
-    let status =
-        Command::new("cargo").args(["build", "--quiet", "--release", "-p", "formats"]).current_dir(root()).status()?;
+    let status = Command::new("cargo")
+        .args(["build", "--quiet", "--release", "-p", "formats"])
+        .current_dir(root())
+        .status()?;
     ensure!(status.success(), "cargo build --release -p formats failed");
     // This program is target/release/deps/speed-….
     let own = std::env::current_exe()?;
@@ -87,13 +102,13 @@ fn seconds(rounds: usize, mut call: impl FnMut()) -> f64 {
 
 fn decode() {
     const OUT: usize = 1 << 18;
-    let blocks: Vec<u8> = (0..OUT / 2).map(|index| (index * 197 >> 3) as u8).collect();
+    let blocks: Vec<u8> = (0..OUT / 2).map(|index| ((index * 197) >> 3) as u8).collect();
     let scales: Vec<u8> = (0..OUT / 32).map(|index| 100 + (index % 40) as u8).collect();
     let mut out = vec![0f32; OUT];
     let fast = seconds(201, || mxfp4::decode(&blocks, &scales, black_box(&mut out)).expect("lengths agree"));
     let reference = seconds(11, || {
         for (index, out) in black_box(&mut out).iter_mut().enumerate() {
-            let code = blocks[index / 2] >> (index % 2 * 4) & 15;
+            let code = (blocks[index / 2] >> (index % 2 * 4)) & 15;
             *out = mxfp4::value(code, scales[index / 32]);
         }
     });
@@ -161,7 +176,8 @@ fn cpu_of_children() -> Result<f64> {
 fn run(command: &mut Command) -> Result<Cost> {
     let cpu = cpu_of_children()?;
     let start = Instant::now();
-    let mut child = command.stdout(std::process::Stdio::null()).spawn().with_context(|| format!("{command:?}"))?;
+    let mut child =
+        command.stdout(std::process::Stdio::null()).spawn().with_context(|| format!("{command:?}"))?;
     let status = format!("/proc/{}/status", child.id());
     let mut peak = 0;
     let exit = loop {
@@ -212,7 +228,10 @@ fn export(folder: &Path, checkpoint: &Path, model: &Path) -> Result<()> {
             costs.push(run(command)?);
         }
     }
-    println!("export of {:.2} GB with a sync, median of {ROUNDS} alternations:", fs::metadata(model)?.len() as f64 / 1e9);
+    println!(
+        "export of {:.2} GB with a sync, median of {ROUNDS} alternations:",
+        fs::metadata(model)?.len() as f64 / 1e9
+    );
     let ours = summary(&costs[0]);
     for ((name, _), costs) in commands.iter().zip(&costs) {
         let cost = summary(costs);

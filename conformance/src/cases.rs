@@ -65,7 +65,15 @@ struct Cases {
 }
 
 impl Cases {
-    fn add(&mut self, name: &str, rule: Rule, range: Range<u64>, field: &str, rationale: &'static str, input: Input) {
+    fn add(
+        &mut self,
+        name: &str,
+        rule: Rule,
+        range: Range<u64>,
+        field: &str,
+        rationale: &'static str,
+        input: Input,
+    ) {
         self.cases.push(Case { name: name.into(), rationale, rule, range, field: field.into(), input });
     }
 
@@ -190,7 +198,13 @@ impl Cases {
             (Rule::RmsnormEpsilon, 96, "rmsnorm_epsilon", &[0, nan, infinity, negative]),
         ] {
             for &value in values {
-                self.word(rule, offset, field, value, "a computation with this number ends in NaN or in nonsense");
+                self.word(
+                    rule,
+                    offset,
+                    field,
+                    value,
+                    "a computation with this number ends in NaN or in nonsense",
+                );
             }
         }
         self.patched(
@@ -199,7 +213,11 @@ impl Cases {
             36..40,
             "num_blocks",
             "products that wrap have been the way into every parser of model files",
-            &[(36, &u32::MAX.to_le_bytes()), (40, &u32::MAX.to_le_bytes()), (48, &0xffff_ffe0u32.to_le_bytes())],
+            &[
+                (36, &u32::MAX.to_le_bytes()),
+                (40, &u32::MAX.to_le_bytes()),
+                (48, &0xffff_ffe0u32.to_le_bytes()),
+            ],
         );
     }
 
@@ -398,7 +416,9 @@ impl Cases {
         );
         let qkv = self.tensor("block.0.attn.qkv.weight");
         let row_bytes = 64;
-        let row = |index: u64| (qkv.start + index * row_bytes) as usize..(qkv.start + (index + 1) * row_bytes) as usize;
+        let row = |index: u64| {
+            (qkv.start + index * row_bytes) as usize..(qkv.start + (index + 1) * row_bytes) as usize
+        };
         // Rows 0 and 1 of the first Q head are checkpoint rows 0 and 32.
         let (first, second) = (BASE[row(0)].to_vec(), BASE[row(1)].to_vec());
         self.add(
@@ -412,7 +432,9 @@ impl Cases {
         // Row 0 unscaled: every value twice as large.
         let doubled: Vec<u8> = BASE[row(0)]
             .chunks(2)
-            .flat_map(|pair| bf16::from_f32(bf16::from_le_bytes([pair[0], pair[1]]).to_f32() * 2.0).to_le_bytes())
+            .flat_map(|pair| {
+                bf16::from_f32(bf16::from_le_bytes([pair[0], pair[1]]).to_f32() * 2.0).to_le_bytes()
+            })
             .collect();
         self.add(
             "q-not-scaled",
@@ -435,7 +457,8 @@ impl Cases {
             against(&[(at, &wrong)]),
         );
         let scales = self.tensor("block.0.mlp.mlp2_weight.scales[3]");
-        let plain: Vec<u8> = BASE[scales.start as usize..scales.end as usize].iter().map(|scale| scale - 1).collect();
+        let plain: Vec<u8> =
+            BASE[scales.start as usize..scales.end as usize].iter().map(|scale| scale - 1).collect();
         self.add(
             "scales-plus-13",
             Rule::WriterScale,

@@ -44,7 +44,8 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// The committed one.
     pub fn base() -> Result<Checkpoint> {
-        let file = SafeTensors::deserialize(TENSORS).context("fixtures/checkpoints/original/model.safetensors")?;
+        let file =
+            SafeTensors::deserialize(TENSORS).context("fixtures/checkpoints/original/model.safetensors")?;
         let mut tensors: Vec<Tensor> = file
             .iter()
             .map(|(name, view)| Tensor {
@@ -55,7 +56,12 @@ impl Checkpoint {
             })
             .collect();
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(Checkpoint { config: serde_json::from_str(CONFIG)?, tensors, second: Vec::new(), files: Vec::new() })
+        Ok(Checkpoint {
+            config: serde_json::from_str(CONFIG)?,
+            tensors,
+            second: Vec::new(),
+            files: Vec::new(),
+        })
     }
 
     /// Writes the files into a folder that exists.
@@ -87,7 +93,9 @@ impl Checkpoint {
         let values = tensor.data.chunks(2).map(|pair| bf16::from_le_bytes([pair[0], pair[1]]));
         tensor.data = match dtype {
             Dtype::F32 => values.flat_map(|value| value.to_f32().to_le_bytes()).collect(),
-            Dtype::F16 => values.flat_map(|value| half::f16::from_f32(value.to_f32()).to_le_bytes()).collect(),
+            Dtype::F16 => {
+                values.flat_map(|value| half::f16::from_f32(value.to_f32()).to_le_bytes()).collect()
+            }
             Dtype::F8_E4M3 => values.map(|_| 0x38).collect(),
             _ => unreachable!("the cases use these three"),
         };
@@ -120,7 +128,9 @@ pub(crate) fn cases() -> Vec<Case> {
     let silent = "the genuine exporter writes a broken file without a word";
     let rows: &[Row] = &[
         // Where the genuine exporter succeeds silently with a broken file.
-        ("f32-unembedding", Rule::SourceDtype, "unembedding.weight", silent, |c| c.retype("unembedding.weight", Dtype::F32)),
+        ("f32-unembedding", Rule::SourceDtype, "unembedding.weight", silent, |c| {
+            c.retype("unembedding.weight", Dtype::F32)
+        }),
         ("f32-qkv", Rule::SourceDtype, "block.0.attn.qkv.weight", silent, |c| {
             c.retype("block.0.attn.qkv.weight", Dtype::F32);
         }),
@@ -139,10 +149,14 @@ pub(crate) fn cases() -> Vec<Case> {
         ("fp8-embedding", Rule::SourceDtype, "embedding.weight", "the file has no flag for the dtype", |c| {
             c.retype("embedding.weight", Dtype::F8_E4M3);
         }),
-        ("hidden-size-disagrees", Rule::SourceShape, "embedding.weight", silent, |c| c.set("hidden_size", json!(64))),
+        ("hidden-size-disagrees", Rule::SourceShape, "embedding.weight", silent, |c| {
+            c.set("hidden_size", json!(64))
+        }),
         ("fewer-experts-than-tensors", Rule::SourceShape, "block.0.mlp.mlp1_weight.blocks", silent, |c| {
             for block in 0..2 {
-                for name in ["gate.weight", "gate.bias", "mlp1_weight.blocks", "mlp1_weight.scales", "mlp1_bias"] {
+                for name in
+                    ["gate.weight", "gate.bias", "mlp1_weight.blocks", "mlp1_weight.scales", "mlp1_bias"]
+                {
                     let tensor = c.tensor(&format!("block.{block}.mlp.{name}"));
                     let expert = tensor.data.len() / 4;
                     tensor.shape[0] = 5;
@@ -150,7 +164,9 @@ pub(crate) fn cases() -> Vec<Case> {
                 }
             }
         }),
-        ("embedding-too-short", Rule::SourceRows, "embedding.weight", silent, |c| c.keep_rows("embedding.weight", 299)),
+        ("embedding-too-short", Rule::SourceRows, "embedding.weight", silent, |c| {
+            c.keep_rows("embedding.weight", 299)
+        }),
         ("unembedding-too-short", Rule::SourceRows, "unembedding.weight", silent, |c| {
             c.keep_rows("unembedding.weight", 1);
         }),
@@ -171,12 +187,24 @@ pub(crate) fn cases() -> Vec<Case> {
         ("tensor-missing", Rule::SourceMissing, "block.1.attn.sinks", "the message should name it", |c| {
             c.tensors.retain(|tensor| tensor.name != "block.1.attn.sinks");
         }),
-        ("num-experts-too-large", Rule::SourceShape, "block.0.mlp.mlp1_weight.blocks", "the message should name it", |c| {
-            c.set("num_experts", json!(6));
-        }),
-        ("head-counts-wrong", Rule::SourceShape, "block.0.attn.qkv.weight", "the message should name it", |c| {
-            c.set("num_attention_heads", json!(4));
-        }),
+        (
+            "num-experts-too-large",
+            Rule::SourceShape,
+            "block.0.mlp.mlp1_weight.blocks",
+            "the message should name it",
+            |c| {
+                c.set("num_experts", json!(6));
+            },
+        ),
+        (
+            "head-counts-wrong",
+            Rule::SourceShape,
+            "block.0.attn.qkv.weight",
+            "the message should name it",
+            |c| {
+                c.set("num_attention_heads", json!(4));
+            },
+        ),
         ("three-experts", Rule::SourceExperts, "num_experts", "the router selects four", |c| {
             c.set("num_experts", json!(3));
         }),
@@ -186,7 +214,9 @@ pub(crate) fn cases() -> Vec<Case> {
         ("config-key-missing", Rule::SourceConfig, "sliding_window", "the message should name it", |c| {
             c.config.as_object_mut().expect("an object").remove("sliding_window");
         }),
-        ("rope-theta-1", Rule::SourceConfig, "rope_theta", "its logarithm divides", |c| c.set("rope_theta", json!(1))),
+        ("rope-theta-1", Rule::SourceConfig, "rope_theta", "its logarithm divides", |c| {
+            c.set("rope_theta", json!(1))
+        }),
         ("rope-factor-0", Rule::SourceConfig, "rope_scaling_factor", "it divides", |c| {
             c.set("rope_scaling_factor", json!(0));
         }),
@@ -196,23 +226,53 @@ pub(crate) fn cases() -> Vec<Case> {
         ("window-null", Rule::SourceConfig, "sliding_window", "the header has no null", |c| {
             c.set("sliding_window", json!(null));
         }),
-        ("blocks-negative", Rule::SourceConfig, "num_hidden_layers", "the header's counts are unsigned", |c| {
-            c.set("num_hidden_layers", json!(-1));
-        }),
+        (
+            "blocks-negative",
+            Rule::SourceConfig,
+            "num_hidden_layers",
+            "the header's counts are unsigned",
+            |c| {
+                c.set("num_hidden_layers", json!(-1));
+            },
+        ),
         // Values.
-        ("scale-241", Rule::SourceScale, "block.0.mlp.mlp1_weight.scales", "241 + 14 is the exponent of infinity", |c| {
-            c.tensor("block.0.mlp.mlp1_weight.scales").data[17] = 241;
-        }),
-        ("scale-242-wraps", Rule::SourceScale, "block.1.mlp.mlp2_weight.scales", "242 + 14 wraps to 0", |c| {
-            c.tensor("block.1.mlp.mlp2_weight.scales").data[3] = 242;
-        }),
-        ("nan-in-q", Rule::SourceNan, "block.1.attn.qkv.weight", "its payload depends on the writer's machine", |c| {
-            c.tensor("block.1.attn.qkv.weight").data[8..10].copy_from_slice(&0x7fc1u16.to_le_bytes());
-        }),
-        ("nan-in-v-bias", Rule::SourceNan, "block.0.attn.qkv.bias", "its payload depends on the writer's machine", |c| {
-            let end = c.tensor("block.0.attn.qkv.bias").data.len();
-            c.tensor("block.0.attn.qkv.bias").data[end - 2..].copy_from_slice(&0xffffu16.to_le_bytes());
-        }),
+        (
+            "scale-241",
+            Rule::SourceScale,
+            "block.0.mlp.mlp1_weight.scales",
+            "241 + 14 is the exponent of infinity",
+            |c| {
+                c.tensor("block.0.mlp.mlp1_weight.scales").data[17] = 241;
+            },
+        ),
+        (
+            "scale-242-wraps",
+            Rule::SourceScale,
+            "block.1.mlp.mlp2_weight.scales",
+            "242 + 14 wraps to 0",
+            |c| {
+                c.tensor("block.1.mlp.mlp2_weight.scales").data[3] = 242;
+            },
+        ),
+        (
+            "nan-in-q",
+            Rule::SourceNan,
+            "block.1.attn.qkv.weight",
+            "its payload depends on the writer's machine",
+            |c| {
+                c.tensor("block.1.attn.qkv.weight").data[8..10].copy_from_slice(&0x7fc1u16.to_le_bytes());
+            },
+        ),
+        (
+            "nan-in-v-bias",
+            Rule::SourceNan,
+            "block.0.attn.qkv.bias",
+            "its payload depends on the writer's machine",
+            |c| {
+                let end = c.tensor("block.0.attn.qkv.bias").data.len();
+                c.tensor("block.0.attn.qkv.bias").data[end - 2..].copy_from_slice(&0xffffu16.to_le_bytes());
+            },
+        ),
         ("nan-in-the-unembedding", Rule::SourceNan, "unembedding.weight", "the model is damaged", |c| {
             c.tensor("unembedding.weight").data[100..102].copy_from_slice(&0x7f81u16.to_le_bytes());
         }),
@@ -220,30 +280,47 @@ pub(crate) fn cases() -> Vec<Case> {
         ("shard-cut-short", Rule::SourceContainer, "more.safetensors", "a broken download", |c| {
             c.files.push(("more.safetensors", vec![8, 0, 0, 0]));
         }),
-        ("shard-outside-the-folder", Rule::SourceContainer, "../model.safetensors", "a checkpoint must not reach other files", |c| {
-            let index = json!({ "weight_map": { "norm.scale": "../model.safetensors" } });
-            c.files.push(("model.safetensors.index.json", index.to_string().into_bytes()));
-        }),
-        ("experts-in-bf16", Rule::SourceExpertsBf16, "experts", "nobody wants to lose precision unasked", |c| {
-            c.files.push(("config.json", include_bytes!("../../fixtures/checkpoints/hf-bf16/config.json").to_vec()));
-            c.tensors.clear();
-            for (name, contents) in [
-                (
-                    "model-00001-of-00002.safetensors",
-                    &include_bytes!("../../fixtures/checkpoints/hf-bf16/model-00001-of-00002.safetensors")[..],
-                ),
-                (
-                    "model-00002-of-00002.safetensors",
-                    include_bytes!("../../fixtures/checkpoints/hf-bf16/model-00002-of-00002.safetensors"),
-                ),
-                (
-                    "model.safetensors.index.json",
-                    include_bytes!("../../fixtures/checkpoints/hf-bf16/model.safetensors.index.json"),
-                ),
-            ] {
-                c.files.push((name, contents.to_vec()));
-            }
-        }),
+        (
+            "shard-outside-the-folder",
+            Rule::SourceContainer,
+            "../model.safetensors",
+            "a checkpoint must not reach other files",
+            |c| {
+                let index = json!({ "weight_map": { "norm.scale": "../model.safetensors" } });
+                c.files.push(("model.safetensors.index.json", index.to_string().into_bytes()));
+            },
+        ),
+        (
+            "experts-in-bf16",
+            Rule::SourceExpertsBf16,
+            "experts",
+            "nobody wants to lose precision unasked",
+            |c| {
+                c.files.push((
+                    "config.json",
+                    include_bytes!("../../fixtures/checkpoints/hf-bf16/config.json").to_vec(),
+                ));
+                c.tensors.clear();
+                for (name, contents) in [
+                    (
+                        "model-00001-of-00002.safetensors",
+                        &include_bytes!(
+                            "../../fixtures/checkpoints/hf-bf16/model-00001-of-00002.safetensors"
+                        )[..],
+                    ),
+                    (
+                        "model-00002-of-00002.safetensors",
+                        include_bytes!("../../fixtures/checkpoints/hf-bf16/model-00002-of-00002.safetensors"),
+                    ),
+                    (
+                        "model.safetensors.index.json",
+                        include_bytes!("../../fixtures/checkpoints/hf-bf16/model.safetensors.index.json"),
+                    ),
+                ] {
+                    c.files.push((name, contents.to_vec()));
+                }
+            },
+        ),
     ];
     rows.iter()
         .map(|&(name, rule, field, rationale, change)| Case {

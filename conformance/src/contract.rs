@@ -67,7 +67,11 @@ impl Contract<'_> {
     /// The exit status and all that was printed.
     fn call(&self, arguments: &[&str]) -> Result<(Option<i32>, String)> {
         let [program, fixed @ ..] = self.command.as_slice() else { bail!("an empty command") };
-        let output = Command::new(program).args(fixed).args(arguments).output().with_context(|| program.to_string())?;
+        let output = Command::new(program)
+            .args(fixed)
+            .args(arguments)
+            .output()
+            .with_context(|| program.to_string())?;
         let printed = [output.stdout, output.stderr].concat();
         Ok((output.status.code(), String::from_utf8_lossy(&printed).into_owned()))
     }
@@ -139,7 +143,8 @@ impl Contract<'_> {
         };
         let range = format!("{}..{}", case.range.start, case.range.end);
         let names_rule = printed.contains(case.rule.id());
-        let names_place = if case.range.is_empty() { printed.contains(&case.field) } else { printed.contains(&range) };
+        let names_place =
+            if case.range.is_empty() { printed.contains(&case.field) } else { printed.contains(&range) };
         let right = status.is_some_and(|status| wanted.contains(&status)) && !left_behind;
         let (mark, remark) = match (right, names_rule && names_place) {
             (true, true) => (Mark::Exact, String::new()),

@@ -107,9 +107,10 @@ fn bless() -> Result<()> {
     for path in conformance::spec_tables::bless(&root)? {
         println!("wrote {}", path.display());
     }
-    for arguments in
-        [&["run", "--release", "-p", "fixtures", "--", "regenerate"][..], &["test", "-p", "conformance", "conformance"]]
-    {
+    for arguments in [
+        &["run", "--release", "-p", "fixtures", "--", "regenerate"][..],
+        &["test", "-p", "conformance", "conformance"],
+    ] {
         let status = Command::new("cargo")
             .args(arguments)
             .current_dir(&root)

@@ -12,19 +12,11 @@ const VALUES: usize = 1 << 18;
 
 fn main() -> anyhow::Result<()> {
     let blocks: Vec<u8> = random().map(|word| word as u8).take(VALUES / 2).collect();
-    let scales: Vec<u8> = random()
-        .map(|word| 110 + (word % 16) as u8)
-        .take(VALUES / 32)
-        .collect();
+    let scales: Vec<u8> = random().map(|word| 110 + (word % 16) as u8).take(VALUES / 32).collect();
     // Roughly normal, as weights are.
     let weights: Vec<f32> = random()
         .take(VALUES)
-        .map(|word| {
-            word.to_le_bytes()
-                .map(|byte| f32::from(byte) - 127.5)
-                .iter()
-                .sum()
-        })
+        .map(|word| word.to_le_bytes().map(|byte| f32::from(byte) - 127.5).iter().sum())
         .collect();
     let mut out = vec![0.0; VALUES];
     let mut packed = vec![0; VALUES / 2];
@@ -33,30 +25,16 @@ fn main() -> anyhow::Result<()> {
     let fill = speed(|round| out.fill(black_box(round as f32)));
     let copy = speed(|_| out.copy_from_slice(black_box(&weights)));
     let decode = speed(|_| {
-        black_box(mxfp4::decode(
-            black_box(&blocks),
-            black_box(&scales),
-            black_box(&mut out),
-        ))
-        .ok();
+        black_box(mxfp4::decode(black_box(&blocks), black_box(&scales), black_box(&mut out))).ok();
     });
     let quantize = speed(|_| {
-        black_box(mxfp4::quantize_row(
-            black_box(&weights),
-            &mut packed,
-            &mut packed_scales,
-        ))
-        .ok();
+        black_box(mxfp4::quantize_row(black_box(&weights), &mut packed, &mut packed_scales)).ok();
     });
 
     println!("one core, GB/s of f32 (1 MiB buffers):");
     println!("  fill      {fill:6.2}");
     println!("  copy      {copy:6.2}");
-    println!(
-        "  decode    {decode:6.2}  ({:.2} of fill, {:.2} of copy)",
-        decode / fill,
-        decode / copy
-    );
+    println!("  decode    {decode:6.2}  ({:.2} of fill, {:.2} of copy)", decode / fill, decode / copy);
     println!("  quantise  {quantize:6.2}");
     Ok(())
 }

@@ -101,7 +101,8 @@ const BUFFER: usize = 4 << 20;
 /// call it.
 pub fn check_values(source: &dyn Source, section: &str, progress: &dyn Progress) -> Result<()> {
     let dims = source.dims();
-    let tensors: Vec<TensorId> = dims.tensors().filter(|id| id.kind.is_scales() || id.kind.is_qkv()).collect();
+    let tensors: Vec<TensorId> =
+        dims.tensors().filter(|id| id.kind.is_scales() || id.kind.is_qkv()).collect();
     let bytes = |id: &TensorId| id.kind.rows(dims) * id.kind.row_bytes(dims);
     progress.begin("checking scales and QKV", tensors.iter().map(bytes).sum());
     let found: Vec<Option<Violation>> = tensors
@@ -126,8 +127,11 @@ pub fn check_values(source: &dyn Source, section: &str, progress: &dyn Progress)
                 progress.advance(content.len() as u64);
                 Ok(())
             })?;
-            let (rule, needed) =
-                if id.kind.is_scales() { (Rule::SourceScale, "scales up to 240") } else { (Rule::SourceNan, "no NaN") };
+            let (rule, needed) = if id.kind.is_scales() {
+                (Rule::SourceScale, "scales up to 240")
+            } else {
+                (Rule::SourceNan, "no NaN")
+            };
             Ok(bad.map(|(element, found)| Violation {
                 rule,
                 section: section.into(),

@@ -123,7 +123,10 @@ fn weight_violation(
         section: span.section.clone(),
         field: span.name.clone(),
         range,
-        found: format!("{} at element {element}", element_at(kind.dtype(), slice(model.bytes(), &(start..start + size)))),
+        found: format!(
+            "{} at element {element}",
+            element_at(kind.dtype(), slice(model.bytes(), &(start..start + size)))
+        ),
         needed: element_at(kind.dtype(), &expected[..size as usize]),
     })
 }
@@ -272,7 +275,10 @@ pub fn models(a: &dyn Source, b: &dyn Source, progress: &dyn Progress) -> Result
     }
     let dims = a.dims();
     let tensors: Vec<_> = dims.tensors().collect();
-    progress.begin("comparing tensors", tensors.iter().map(|id| id.kind.rows(dims) * id.kind.row_bytes(dims)).sum());
+    progress.begin(
+        "comparing tensors",
+        tensors.iter().map(|id| id.kind.rows(dims) * id.kind.row_bytes(dims)).sum(),
+    );
     let found: Vec<Option<Difference>> = tensors
         .par_iter()
         .map(|&id| {
@@ -292,7 +298,10 @@ pub fn models(a: &dyn Source, b: &dyn Source, progress: &dyn Progress) -> Result
                     return Ok(());
                 }
                 let size = dtype.size() as usize;
-                let pairs = content.chunks_exact(size).zip(other.chunks_exact(size)).zip(run.start * row_bytes / size as u64..);
+                let pairs = content
+                    .chunks_exact(size)
+                    .zip(other.chunks_exact(size))
+                    .zip(run.start * row_bytes / size as u64..);
                 for ((a, b), element) in pairs.filter(|((a, b), _)| a != b) {
                     difference
                         .get_or_insert_with(|| Difference {
@@ -321,7 +330,14 @@ pub fn files(a: &[u8], b: &[u8]) -> Vec<Difference> {
     let [spans_a, spans_b] = maps.each_ref().map(|map| map.spans.as_slice());
     let mut differences: Vec<Difference> = Vec::new();
     let mut push = |span: &Span, element, count, a, b| {
-        differences.push(Difference { section: span.section.clone(), field: span.name.clone(), element, count, a, b });
+        differences.push(Difference {
+            section: span.section.clone(),
+            field: span.name.clone(),
+            element,
+            count,
+            a,
+            b,
+        });
     };
     for (left, right) in spans_a.iter().zip(spans_b) {
         if (&left.section, &left.name) != (&right.section, &right.name) {
@@ -333,32 +349,54 @@ pub fn files(a: &[u8], b: &[u8]) -> Vec<Difference> {
             continue;
         }
         let (ty, size) = match left.content {
-            Content::Tensor { id, .. } => (Some(id.tensor.kind.dtype()), id.tensor.kind.dtype().size() as usize),
+            Content::Tensor { id, .. } => {
+                (Some(id.tensor.kind.dtype()), id.tensor.kind.dtype().size() as usize)
+            }
             _ => (None, 1),
         };
         if left_bytes.len() != right_bytes.len() {
-            push(left, None, 1, format!("{} bytes", left_bytes.len()), format!("{} bytes", right_bytes.len()));
+            push(
+                left,
+                None,
+                1,
+                format!("{} bytes", left_bytes.len()),
+                format!("{} bytes", right_bytes.len()),
+            );
             continue;
         }
-        let differing = left_bytes.chunks(size).zip(right_bytes.chunks(size)).enumerate().filter(|(_, (a, b))| a != b);
+        let differing =
+            left_bytes.chunks(size).zip(right_bytes.chunks(size)).enumerate().filter(|(_, (a, b))| a != b);
         let count = differing.clone().count() as u64;
         if let Some((element, (a, b))) = { differing }.next() {
             match (&left.content, ty) {
                 (Content::Field(ty @ (FieldType::U32 | FieldType::F32)), _) => {
-                    let [a, b] = [left_bytes, right_bytes]
-                        .map(|bytes| bytes.first_chunk().map_or(String::new(), |&bytes| word(*ty, u32::from_le_bytes(bytes))));
+                    let [a, b] = [left_bytes, right_bytes].map(|bytes| {
+                        bytes
+                            .first_chunk()
+                            .map_or(String::new(), |&bytes| word(*ty, u32::from_le_bytes(bytes)))
+                    });
                     push(left, None, 1, a, b);
                 }
                 (Content::Field(_) | Content::SpecialUuid, _) => {
-                    let [a, b] = [left_bytes, right_bytes].map(|bytes| format!("\"{}\"", bytes.escape_ascii()));
+                    let [a, b] =
+                        [left_bytes, right_bytes].map(|bytes| format!("\"{}\"", bytes.escape_ascii()));
                     push(left, None, 1, a, b);
                 }
-                (_, Some(dtype)) => push(left, Some(element as u64), count, element_at(dtype, a), element_at(dtype, b)),
-                (_, None) => push(left, Some(element as u64), count, element_at(Dtype::U8, a), element_at(Dtype::U8, b)),
+                (_, Some(dtype)) => {
+                    push(left, Some(element as u64), count, element_at(dtype, a), element_at(dtype, b))
+                }
+                (_, None) => push(
+                    left,
+                    Some(element as u64),
+                    count,
+                    element_at(Dtype::U8, a),
+                    element_at(Dtype::U8, b),
+                ),
             }
         }
     }
-    let extra = |spans: &[Span], other: &[Span]| spans.get(other.len()..).and_then(|rest| rest.first().cloned());
+    let extra =
+        |spans: &[Span], other: &[Span]| spans.get(other.len()..).and_then(|rest| rest.first().cloned());
     if let Some(span) = extra(spans_a, spans_b) {
         push(&span, None, 1, "present".into(), "absent".into());
     }
@@ -367,4 +405,3 @@ pub fn files(a: &[u8], b: &[u8]) -> Vec<Difference> {
     }
     differences
 }
-

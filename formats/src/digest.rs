@@ -83,6 +83,7 @@ pub fn digest(source: &dyn Source, progress: &dyn Progress) -> Result<Manifest> 
     for tensor in &tensors {
         model.update(format!("{tensor}\n").as_bytes());
     }
-    let changed = source.changed().into_iter().map(|(id, reason)| Changed { name: id.to_string(), reason }).collect();
+    let changed =
+        source.changed().into_iter().map(|(id, reason)| Changed { name: id.to_string(), reason }).collect();
     Ok(Manifest { model: model.finalize().to_hex().to_string(), tensors, changed })
 }

@@ -28,7 +28,9 @@ impl Output {
     /// [`Error::Unsupported`] where the target is there and is not a regular file (a symbolic link is never followed),
     /// [`Error::Io`] where the folder cannot be written to.
     pub fn create(target: &Path) -> Result<Output> {
-        if let Ok(metadata) = fs::symlink_metadata(target) && !metadata.is_file() {
+        if let Ok(metadata) = fs::symlink_metadata(target)
+            && !metadata.is_file()
+        {
             return Err(Error::Unsupported(format!(
                 "{} is there and is not a regular file; name another output, or remove it",
                 target.display()

@@ -188,13 +188,7 @@ impl Tokenizer {
             self.single[usize::from(*byte)] = Some(id);
         }
         self.longest = self.longest.max(token.len());
-        let Tokenizer {
-            bytes,
-            ends,
-            ids,
-            hasher,
-            ..
-        } = self;
+        let Tokenizer { bytes, ends, ids, hasher, .. } = self;
         ids.insert_unique(hasher.hash_one(token), id, |&id| {
             hasher.hash_one(text(bytes, ends, id).unwrap_or_default())
         });
@@ -206,27 +200,18 @@ impl Tokenizer {
             return None;
         }
         let hash = self.hasher.hash_one(token);
-        self.ids
-            .find(hash, |&id| text(&self.bytes, &self.ends, id) == Some(token))
-            .copied()
+        self.ids.find(hash, |&id| text(&self.bytes, &self.ends, id) == Some(token)).copied()
     }
 
     /// The id of the special token of this name (`<|start|>`), if the vocabulary has it.
     pub fn special_id(&self, name: &str) -> Option<u32> {
-        self.special
-            .iter()
-            .find(|&&(_, known)| known == name)
-            .map(|&(id, _)| id)
+        self.special.iter().find(|&&(_, known)| known == name).map(|&(id, _)| id)
     }
 
     /// The bytes that a token stands for: a special token's name for such a token.
     pub fn token(&self, id: u32) -> Option<&[u8]> {
-        let special = || {
-            self.special
-                .iter()
-                .find(|&&(known, _)| known == id)
-                .map(|(_, name)| name.as_bytes())
-        };
+        let special =
+            || self.special.iter().find(|&&(known, _)| known == id).map(|(_, name)| name.as_bytes());
         text(&self.bytes, &self.ends, id).or_else(special)
     }
 
@@ -272,10 +257,7 @@ impl Tokenizer {
         let mut done = 0;
         for found in self.regex.find_iter(text) {
             let piece = found
-                .map_err(|error| EncodeError::Search {
-                    at: offset + done,
-                    reason: error.to_string(),
-                })?
+                .map_err(|error| EncodeError::Search { at: offset + done, reason: error.to_string() })?
                 .range();
             if budget.is_spent() {
                 return Err(EncodeError::Time { at: offset + done });
@@ -287,10 +269,9 @@ impl Tokenizer {
             let bytes = bytes.ok_or(EncodeError::Unmatched { at: offset + done })?;
             match self.id(bytes) {
                 Some(id) => ids.push(id),
-                None => self.merge(bytes, ids).map_err(|at| EncodeError::MissingByte {
-                    byte: bytes[at],
-                    at: offset + done + at,
-                })?,
+                None => self
+                    .merge(bytes, ids)
+                    .map_err(|at| EncodeError::MissingByte { byte: bytes[at], at: offset + done + at })?,
             }
             done = piece.end;
         }
@@ -316,9 +297,7 @@ impl Tokenizer {
         let mut pairs = BinaryHeap::with_capacity(piece.len());
         let pair_up = |parts: &mut [Part], pairs: &mut BinaryHeap<_>, start: usize| {
             let second = parts[start].end;
-            parts[start].pair = parts
-                .get(second)
-                .and_then(|second| self.id(&piece[start..second.end]));
+            parts[start].pair = parts.get(second).and_then(|second| self.id(&piece[start..second.end]));
             if let Some(id) = parts[start].pair {
                 pairs.push(Reverse((id, start)));
             }
@@ -365,11 +344,8 @@ impl Tokenizer {
 
     /// The text that tokens stand for, with U+FFFD for invalid UTF-8 and for tokens that stand for no text.
     pub fn decode_lossy(&self, ids: &[u32]) -> String {
-        let bytes: Vec<u8> = ids
-            .iter()
-            .flat_map(|&id| self.token(id).unwrap_or("\u{fffd}".as_bytes()))
-            .copied()
-            .collect();
+        let bytes: Vec<u8> =
+            ids.iter().flat_map(|&id| self.token(id).unwrap_or("\u{fffd}".as_bytes())).copied().collect();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 }
@@ -387,9 +363,7 @@ impl std::fmt::Debug for Tokenizer {
 /// The bytes of a text token.
 fn text<'a>(bytes: &'a [u8], ends: &[usize], id: u32) -> Option<&'a [u8]> {
     let id = id as usize;
-    let start = id
-        .checked_sub(1)
-        .map_or(Some(0), |previous| ends.get(previous).copied())?;
+    let start = id.checked_sub(1).map_or(Some(0), |previous| ends.get(previous).copied())?;
     bytes.get(start..*ends.get(id)?)
 }
 

@@ -66,7 +66,9 @@ fn write_tensors(source: &dyn Source, path: &Path, progress: &dyn Progress) -> R
         (id.to_string(), TensorInfo { dtype, shape, data_offsets: (start, offset) })
     });
     let format = [("format".to_string(), "pt".to_string())].into();
-    let malformed = |error: &dyn std::fmt::Display| Error::Unsupported(format!("SafeTensors cannot hold this model: {error}"));
+    let malformed = |error: &dyn std::fmt::Display| {
+        Error::Unsupported(format!("SafeTensors cannot hold this model: {error}"))
+    };
     let metadata = Metadata::new(Some(format), infos.collect()).map_err(|error| malformed(&error))?;
     let mut header = serde_json::to_vec(&metadata).map_err(|error| malformed(&error))?;
     // The data starts on a multiple of 8, as the safetensors crate writes it.

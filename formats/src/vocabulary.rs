@@ -43,10 +43,7 @@ impl Vocabulary {
 
     fn build_o200k() -> Vocabulary {
         let uuid = |id| {
-            SPECIAL_TOKENS
-                .iter()
-                .find(|token| token.id == id && id != END_UNTRUSTED)
-                .map(|token| token.uuid)
+            SPECIAL_TOKENS.iter().find(|token| token.id == id && id != END_UNTRUSTED).map(|token| token.uuid)
         };
         let ids = O200K_TEXT_TOKENS..O200K_TEXT_TOKENS + O200K_SPECIAL_TOKENS;
         Vocabulary {
@@ -73,9 +70,7 @@ impl Vocabulary {
         let mut tokens: Vec<Option<Vec<u8>>> = vec![None; lines().count()];
         for (line, content) in lines() {
             let error = |needed| TiktokenError { line, needed };
-            let (token, rank) = content
-                .split_once(' ')
-                .ok_or_else(|| error("Base64, a space and a rank"))?;
+            let (token, rank) = content.split_once(' ').ok_or_else(|| error("Base64, a space and a rank"))?;
             let token = BASE64.decode(token).map_err(|_| error("a token in Base64"))?;
             let slot = rank.parse().ok().and_then(|rank: usize| tokens.get_mut(rank));
             let slot = slot.ok_or_else(|| error("a rank below the number of tokens"))?;
@@ -86,21 +81,16 @@ impl Vocabulary {
                 return Err(error("a rank that no other token has"));
             }
         }
-        let num_text_tokens = tokens.len().try_into().map_err(|_| TiktokenError {
-            line: tokens.len(),
-            needed: "fewer than 2^32 tokens",
-        })?;
+        let num_text_tokens = tokens
+            .len()
+            .try_into()
+            .map_err(|_| TiktokenError { line: tokens.len(), needed: "fewer than 2^32 tokens" })?;
         let mut records = Vec::new();
         for token in tokens.iter().flatten() {
             records.extend((token.len() as u16).to_le_bytes());
             records.extend(token);
         }
-        Ok(Vocabulary {
-            special_uuids,
-            regex: regex.into(),
-            records,
-            num_text_tokens,
-        })
+        Ok(Vocabulary { special_uuids, regex: regex.into(), records, num_text_tokens })
     }
 
     /// The text tokens in tiktoken's file format, by rank.
@@ -118,10 +108,7 @@ impl Vocabulary {
 
     /// The bytes of the text tokens, by rank.
     pub fn tokens(&self) -> Tokens<'_> {
-        Tokens {
-            records: &self.records,
-            rest: &self.records,
-        }
+        Tokens { records: &self.records, rest: &self.records }
     }
 
     /// The special tokens that have a UUID of the specification's table, with their ids in this vocabulary.
@@ -164,10 +151,7 @@ impl<'a> Iterator for Tokens<'a> {
         Some(token.ok_or_else(|| {
             let start = self.records.len() - self.rest.len();
             self.rest = &[];
-            Overrun {
-                start,
-                end: self.records.len(),
-            }
+            Overrun { start, end: self.records.len() }
         }))
     }
 }
@@ -211,21 +195,13 @@ impl SpecialToken {
 }
 
 const fn special(name: &'static str, id: u32, uuid: u128) -> SpecialToken {
-    SpecialToken {
-        name,
-        id,
-        uuid: Uuid(uuid.to_be_bytes()),
-    }
+    SpecialToken { name, id, uuid: Uuid(uuid.to_be_bytes()) }
 }
 
 /// The special tokens that have a UUID, by id. Source: the table of the genuine `create-local-model.py`.
 pub const SPECIAL_TOKENS: &[SpecialToken] = &[
     special("<|untrusted|>", 200000, 0x07d7da55_b346_4cff_8b37_7cefacf8a3e8),
-    special(
-        "<|end_untrusted|>",
-        200001,
-        0xf265bd9c_c717_469e_a447_920687d65d90,
-    ),
+    special("<|end_untrusted|>", 200001, 0xf265bd9c_c717_469e_a447_920687d65d90),
     special("<|return|>", 200002, 0xf799ff69_1992_43c4_a3d8_d831f475dc75),
     special("<|constrain|>", 200003, 0xc0bb14c7_6022_49da_ad08_792d67e8b470),
     special("<|channel|>", 200005, 0xfd3dda11_c8ab_4033_876e_d93deb172c93),

@@ -28,19 +28,11 @@ const KV: usize = 2;
 const D: usize = 64;
 
 fn vocabulary() -> Vocabulary {
-    Vocabulary {
-        special_uuids: vec![],
-        regex: ".".into(),
-        records: vec![],
-        num_text_tokens: TOKENS as u32,
-    }
+    Vocabulary { special_uuids: vec![], regex: ".".into(), records: vec![], num_text_tokens: TOKENS as u32 }
 }
 
 fn options() -> Options {
-    Options {
-        vocabulary: vocabulary(),
-        quantize: false,
-    }
+    Options { vocabulary: vocabulary(), quantize: false }
 }
 
 #[derive(Clone)]
@@ -62,9 +54,9 @@ struct Checkpoint {
 
 /// Bytes that differ from tensor to tensor: xorshift, seeded by the name.
 fn bytes(name: &str, len: usize) -> Vec<u8> {
-    let mut state = name.bytes().fold(0x9e37_79b9_7f4a_7c15_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
-    });
+    let mut state = name
+        .bytes()
+        .fold(0x9e37_79b9_7f4a_7c15_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
     let mut next = || {
         state ^= state << 13;
         state ^= state >> 7;
@@ -83,11 +75,7 @@ fn stored(name: &str, dtype: Dtype, shape: &[usize]) -> Stored {
         Dtype::U8 if name.ends_with("scales") => data.iter_mut().for_each(|byte| *byte %= 241),
         _ => {}
     }
-    Stored {
-        dtype,
-        shape: shape.to_vec(),
-        data,
-    }
+    Stored { dtype, shape: shape.to_vec(), data }
 }
 
 fn original_config() -> Value {
@@ -121,35 +109,14 @@ fn original() -> Checkpoint {
         put(format!("block.{n}.mlp.norm.scale"), bf16, &[H]);
         put(format!("block.{n}.mlp.gate.weight"), bf16, &[E, H]);
         put(format!("block.{n}.mlp.gate.bias"), bf16, &[E]);
-        put(
-            format!("block.{n}.mlp.mlp1_weight.blocks"),
-            Dtype::U8,
-            &[E, 2 * I, H / 32, 16],
-        );
-        put(
-            format!("block.{n}.mlp.mlp1_weight.scales"),
-            Dtype::U8,
-            &[E, 2 * I, H / 32],
-        );
+        put(format!("block.{n}.mlp.mlp1_weight.blocks"), Dtype::U8, &[E, 2 * I, H / 32, 16]);
+        put(format!("block.{n}.mlp.mlp1_weight.scales"), Dtype::U8, &[E, 2 * I, H / 32]);
         put(format!("block.{n}.mlp.mlp1_bias"), bf16, &[E, 2 * I]);
-        put(
-            format!("block.{n}.mlp.mlp2_weight.blocks"),
-            Dtype::U8,
-            &[E, H, I / 32, 16],
-        );
-        put(
-            format!("block.{n}.mlp.mlp2_weight.scales"),
-            Dtype::U8,
-            &[E, H, I / 32],
-        );
+        put(format!("block.{n}.mlp.mlp2_weight.blocks"), Dtype::U8, &[E, H, I / 32, 16]);
+        put(format!("block.{n}.mlp.mlp2_weight.scales"), Dtype::U8, &[E, H, I / 32]);
         put(format!("block.{n}.mlp.mlp2_bias"), bf16, &[E, H]);
     }
-    Checkpoint {
-        config: original_config(),
-        tensors,
-        shards: 1,
-        index: false,
-    }
+    Checkpoint { config: original_config(), tensors, shards: 1, index: false }
 }
 
 /// The same model under Hugging Face's names (table of facts.md).
@@ -175,14 +142,7 @@ fn hugging_face() -> Checkpoint {
                 let data = tensor.data[start..end].to_vec();
                 start = end;
                 let name = format!("model.layers.{n}.self_attn.{projection}_proj.{part}");
-                tensors.insert(
-                    name,
-                    Stored {
-                        dtype: Dtype::BF16,
-                        shape,
-                        data,
-                    },
-                );
+                tensors.insert(name, Stored { dtype: Dtype::BF16, shape, data });
             }
             continue;
         }
@@ -212,12 +172,7 @@ fn hugging_face() -> Checkpoint {
         "rope_scaling": {"factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "rope_type": "yarn",
                          "original_max_position_embeddings": 4096}
     });
-    Checkpoint {
-        config,
-        tensors,
-        shards: 1,
-        index: false,
-    }
+    Checkpoint { config, tensors, shards: 1, index: false }
 }
 
 /// Experts as BF16 `[E, columns, rows]`, of values between 2^-10 and 2^5 in magnitude.
@@ -245,10 +200,7 @@ fn serialize<'a>(tensors: impl IntoIterator<Item = (&'a String, &'a Stored)>) ->
     let views: Vec<(&String, TensorView)> = tensors
         .into_iter()
         .map(|(name, tensor)| {
-            (
-                name,
-                TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.data).unwrap(),
-            )
+            (name, TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.data).unwrap())
         })
         .collect();
     safetensors::serialize(views, Some(HashMap::from([("format".into(), "pt".into())]))).unwrap()
@@ -274,17 +226,11 @@ impl Checkpoint {
                 .enumerate()
                 .filter(|(n, _)| n % self.shards == shard)
                 .map(|(_, entry)| entry);
-            weight_map.extend(
-                mine.clone()
-                    .map(|(name, _)| (name.clone(), self.shard_name(shard))),
-            );
+            weight_map.extend(mine.clone().map(|(name, _)| (name.clone(), self.shard_name(shard))));
             fs::write(dir.path().join(self.shard_name(shard)), serialize(mine)).unwrap();
         }
         if self.index {
-            write_index(
-                dir.path(),
-                &json!({"metadata": {"total_size": 0}, "weight_map": weight_map}),
-            );
+            write_index(dir.path(), &json!({"metadata": {"total_size": 0}, "weight_map": weight_map}));
         }
         dir
     }
@@ -315,10 +261,8 @@ fn refusal(dir: &Path) -> Vec<Violation> {
 
 #[track_caller]
 fn assert_refused(violations: &[Violation], rule: Rule, field: &str) {
-    let found: Vec<_> = violations
-        .iter()
-        .map(|violation| (violation.rule, violation.field.as_str()))
-        .collect();
+    let found: Vec<_> =
+        violations.iter().map(|violation| (violation.rule, violation.field.as_str())).collect();
     assert_eq!(found, [(rule, field)], "{violations:#?}");
 }
 
@@ -340,33 +284,16 @@ fn canonical(id: TensorId) -> Vec<u8> {
 
 #[test]
 fn both_layouts_yield_the_canonical_tensors_however_they_are_sharded() {
-    for (checkpoint, layout) in [
-        (original(), Layout::Original),
-        (hugging_face(), Layout::HuggingFace),
-    ] {
+    for (checkpoint, layout) in [(original(), Layout::Original), (hugging_face(), Layout::HuggingFace)] {
         for (shards, index) in [(1, false), (1, true), (3, false), (7, true)] {
-            let dir = Checkpoint {
-                shards,
-                index,
-                ..checkpoint.clone()
-            }
-            .write();
+            let dir = Checkpoint { shards, index, ..checkpoint.clone() }.write();
             let folder = Folder::open(dir.path(), options()).unwrap();
-            assert_eq!(
-                (folder.layout(), folder.path(), folder.notes()),
-                (layout, dir.path(), &[][..])
-            );
+            assert_eq!((folder.layout(), folder.path(), folder.notes()), (layout, dir.path(), &[][..]));
             assert_eq!(folder.dims().tensors().count(), 3 + BLOCKS * 15);
             for id in folder.dims().tensors() {
-                assert!(
-                    read_all(&folder, id) == canonical(id),
-                    "{id} of {layout}, {shards} shards"
-                );
+                assert!(read_all(&folder, id) == canonical(id), "{id} of {layout}, {shards} shards");
             }
-            assert_eq!(
-                (folder.header().num_experts, folder.header().context_length),
-                (E as u32, 131072)
-            );
+            assert_eq!((folder.header().num_experts, folder.header().context_length), (E as u32, 131072));
             folder.check_values(&()).unwrap();
         }
     }
@@ -374,34 +301,15 @@ fn both_layouts_yield_the_canonical_tensors_however_they_are_sharded() {
 
 #[test]
 fn rows_are_read_from_any_start_to_any_end() {
-    let dir = Checkpoint {
-        shards: 4,
-        ..hugging_face()
-    }
-    .write();
+    let dir = Checkpoint { shards: 4, ..hugging_face() }.write();
     let folder = Folder::open(dir.path(), options()).unwrap();
-    for kind in [
-        TensorKind::QkvWeight,
-        TensorKind::QkvBias,
-        TensorKind::Mlp1Blocks,
-        TensorKind::Embedding,
-    ] {
-        let id = TensorId {
-            kind,
-            block: u32::from(kind.is_per_block()),
-        };
+    for kind in [TensorKind::QkvWeight, TensorKind::QkvBias, TensorKind::Mlp1Blocks, TensorKind::Embedding] {
+        let id = TensorId { kind, block: u32::from(kind.is_per_block()) };
         let (rows, row_bytes) = (kind.rows(folder.dims()), kind.row_bytes(folder.dims()));
         let whole = canonical(id);
-        for (start, end) in [
-            (0, 0),
-            (0, 1),
-            (63, 65),
-            (255, 257),
-            (200, 300),
-            (rows - 1, rows),
-            (rows, rows),
-            (0, rows),
-        ] {
+        for (start, end) in
+            [(0, 0), (0, 1), (63, 65), (255, 257), (200, 300), (rows - 1, rows), (rows, rows), (0, rows)]
+        {
             let mut out = vec![0; ((end - start) * row_bytes) as usize];
             folder.read_rows(id, start..end, &mut out).unwrap();
             assert!(
@@ -417,45 +325,22 @@ fn rows_are_read_from_any_start_to_any_end() {
         let reversed = folder.read_rows(id, 2..1, &mut out);
         assert!(reversed.is_err());
     }
-    let beyond = TensorId {
-        kind: TensorKind::AttnNorm,
-        block: BLOCKS as u32,
-    };
+    let beyond = TensorId { kind: TensorKind::AttnNorm, block: BLOCKS as u32 };
     assert!(folder.read_rows(beyond, 0..1, &mut [0; 2]).is_err());
 }
 
 /// Rows of the matrix, gathered from the transposed tensor, each quantised whole.
 #[test]
 fn bf16_experts_are_transposed_and_quantised() {
-    let checkpoint = Checkpoint {
-        shards: 2,
-        ..hugging_face_bf16()
-    };
+    let checkpoint = Checkpoint { shards: 2, ..hugging_face_bf16() };
     let dir = checkpoint.write();
-    let folder = Folder::open(
-        dir.path(),
-        Options {
-            quantize: true,
-            ..options()
-        },
-    )
-    .unwrap();
+    let folder = Folder::open(dir.path(), Options { quantize: true, ..options() }).unwrap();
     assert_eq!(folder.layout(), Layout::HuggingFaceBf16);
     folder.check_values(&()).unwrap();
     for block in 0..BLOCKS as u32 {
         for (name, columns, rows, kinds) in [
-            (
-                "gate_up_proj",
-                H,
-                2 * I,
-                [TensorKind::Mlp1Blocks, TensorKind::Mlp1Scales],
-            ),
-            (
-                "down_proj",
-                I,
-                H,
-                [TensorKind::Mlp2Blocks, TensorKind::Mlp2Scales],
-            ),
+            ("gate_up_proj", H, 2 * I, [TensorKind::Mlp1Blocks, TensorKind::Mlp1Scales]),
+            ("down_proj", I, H, [TensorKind::Mlp2Blocks, TensorKind::Mlp2Scales]),
         ] {
             let stored = &checkpoint.tensors[&format!("model.layers.{block}.mlp.experts.{name}")];
             let mut blocks = vec![0; E * rows * columns / 2];
@@ -467,10 +352,7 @@ fn bf16_experts_are_transposed_and_quantised() {
                 };
                 let values: Vec<f32> = (0..columns).map(value).collect();
                 let (half, part) = (columns / 2, columns / 32);
-                let (blocks, scales) = (
-                    &mut blocks[row * half..][..half],
-                    &mut scales[row * part..][..part],
-                );
+                let (blocks, scales) = (&mut blocks[row * half..][..half], &mut scales[row * part..][..part]);
                 mxfp4::quantize_row(&values, blocks, scales).unwrap();
                 for (column, &value) in values.iter().enumerate() {
                     // Each value lies within a step of MXFP4 at the block's magnitude.
@@ -484,21 +366,13 @@ fn bf16_experts_are_transposed_and_quantised() {
             let [of_blocks, of_scales] = kinds.map(|kind| read_all(&folder, TensorId { kind, block }));
             assert!(of_blocks == blocks && of_scales == scales, "{name}");
             // Rows of two experts, not starting with either.
-            let id = TensorId {
-                kind: kinds[0],
-                block,
-            };
+            let id = TensorId { kind: kinds[0], block };
             let mut out = vec![0; rows * columns / 2];
-            folder
-                .read_rows(id, rows as u64 / 2..rows as u64 * 3 / 2, &mut out)
-                .unwrap();
+            folder.read_rows(id, rows as u64 / 2..rows as u64 * 3 / 2, &mut out).unwrap();
             assert!(out == blocks[rows / 2 * columns / 2..][..out.len()]);
         }
     }
-    let bias = TensorId {
-        kind: TensorKind::Mlp1Bias,
-        block: 1,
-    };
+    let bias = TensorId { kind: TensorKind::Mlp1Bias, block: 1 };
     assert_eq!(read_all(&folder, bias), canonical(bias));
 }
 
@@ -517,28 +391,9 @@ fn values_that_are_in_mxfp4_already_survive_quantisation() {
     }
     let expected = tensor.data.clone();
     let dir = checkpoint.write();
-    let folder = Folder::open(
-        dir.path(),
-        Options {
-            quantize: true,
-            ..options()
-        },
-    )
-    .unwrap();
-    let blocks = read_all(
-        &folder,
-        TensorId {
-            kind: TensorKind::Mlp2Blocks,
-            block: 0,
-        },
-    );
-    let scales = read_all(
-        &folder,
-        TensorId {
-            kind: TensorKind::Mlp2Scales,
-            block: 0,
-        },
-    );
+    let folder = Folder::open(dir.path(), Options { quantize: true, ..options() }).unwrap();
+    let blocks = read_all(&folder, TensorId { kind: TensorKind::Mlp2Blocks, block: 0 });
+    let scales = read_all(&folder, TensorId { kind: TensorKind::Mlp2Scales, block: 0 });
     for (n, element) in expected.chunks_exact(2).enumerate() {
         let (expert, column, row) = (n / (H * I), n / H % I, n % H);
         let at = (expert * H + row) * I + column;
@@ -553,20 +408,9 @@ fn values_that_are_in_mxfp4_already_survive_quantisation() {
 #[test]
 fn bf16_experts_are_refused_unless_quantising_was_asked_for() {
     let violations = hugging_face_bf16().refused();
-    assert_refused(
-        &violations,
-        Rule::SourceExpertsBf16,
-        "model.layers.0.mlp.experts.gate_up_proj",
-    );
-    assert_eq!(
-        violations[0].range.end - violations[0].range.start,
-        (E * H * 2 * I * 2) as u64
-    );
-    assert!(
-        violations[0].found.ends_with("3 more such tensors"),
-        "{}",
-        violations[0].found
-    );
+    assert_refused(&violations, Rule::SourceExpertsBf16, "model.layers.0.mlp.experts.gate_up_proj");
+    assert_eq!(violations[0].range.end - violations[0].range.start, (E * H * 2 * I * 2) as u64);
+    assert!(violations[0].found.ends_with("3 more such tensors"), "{}", violations[0].found);
 }
 
 /// Each case that facts.md lists under "Where the genuine exporter is wrong or silent" and that an opened folder shows.
@@ -692,20 +536,8 @@ fn what_the_genuine_exporter_gets_wrong_is_refused_by_name() {
             "head_dim",
             "no such key",
         ),
-        (
-            "head_dim",
-            |c| c.config["head_dim"] = json!(32),
-            Rule::SourceConfig,
-            "head_dim",
-            "32",
-        ),
-        (
-            "norm not BF16",
-            |c| retype(c, "norm.scale", Dtype::F32),
-            Rule::SourceDtype,
-            "norm.scale",
-            "F32",
-        ),
+        ("head_dim", |c| c.config["head_dim"] = json!(32), Rule::SourceConfig, "head_dim", "32"),
+        ("norm not BF16", |c| retype(c, "norm.scale", Dtype::F32), Rule::SourceDtype, "norm.scale", "F32"),
         (
             "sinks not BF16",
             |c| retype(c, "block.0.attn.sinks", Dtype::F16),
@@ -720,13 +552,7 @@ fn what_the_genuine_exporter_gets_wrong_is_refused_by_name() {
             "embedding.weight",
             "F16",
         ),
-        (
-            "θ = 1",
-            |c| c.config["rope_theta"] = json!(1),
-            Rule::SourceConfig,
-            "rope_theta",
-            "1",
-        ),
+        ("θ = 1", |c| c.config["rope_theta"] = json!(1), Rule::SourceConfig, "rope_theta", "1"),
         (
             "factor = 0",
             |c| c.config["rope_scaling_factor"] = json!(0),
@@ -734,27 +560,9 @@ fn what_the_genuine_exporter_gets_wrong_is_refused_by_name() {
             "rope_scaling_factor",
             "0",
         ),
-        (
-            "α = β",
-            |c| c.config["rope_ntk_alpha"] = json!(32),
-            Rule::SourceConfig,
-            "rope_ntk_alpha",
-            "32",
-        ),
-        (
-            "null",
-            |c| c.config["sliding_window"] = Value::Null,
-            Rule::SourceConfig,
-            "sliding_window",
-            "null",
-        ),
-        (
-            "negative",
-            |c| c.config["sliding_window"] = json!(-1),
-            Rule::SourceConfig,
-            "sliding_window",
-            "-1",
-        ),
+        ("α = β", |c| c.config["rope_ntk_alpha"] = json!(32), Rule::SourceConfig, "rope_ntk_alpha", "32"),
+        ("null", |c| c.config["sliding_window"] = Value::Null, Rule::SourceConfig, "sliding_window", "null"),
+        ("negative", |c| c.config["sliding_window"] = json!(-1), Rule::SourceConfig, "sliding_window", "-1"),
     ];
     for (name, change, rule, field, found) in cases {
         let mut checkpoint = original();
@@ -764,10 +572,7 @@ fn what_the_genuine_exporter_gets_wrong_is_refused_by_name() {
         let others = violations[1..]
             .iter()
             .all(|other| matches!(other.rule, Rule::SourceShape) && rule.id().starts_with("SRC-"));
-        assert!(
-            others && (violations.len() == 1 || *name == "head_dim"),
-            "{name}: {violations:#?}"
-        );
+        assert!(others && (violations.len() == 1 || *name == "head_dim"), "{name}: {violations:#?}");
         let violation = &violations[0];
         assert_eq!(
             (violation.rule, violation.field.as_str(), violation.found.as_str()),
@@ -775,11 +580,7 @@ fn what_the_genuine_exporter_gets_wrong_is_refused_by_name() {
             "{name}"
         );
         let is_tensor = checkpoint.tensors.contains_key(*field);
-        let file = if field.contains('.') {
-            "model.safetensors"
-        } else {
-            "config.json"
-        };
+        let file = if field.contains('.') { "model.safetensors" } else { "config.json" };
         assert_eq!(violation.section, file, "{name}");
         if is_tensor {
             let data = fs::read(checkpoint.write().path().join(file)).unwrap();
@@ -803,12 +604,7 @@ fn configs_that_contradict_the_tensors_are_refused() {
         let mut checkpoint = original();
         checkpoint.config[key] = json!(value);
         let violations = checkpoint.refused();
-        assert!(
-            violations
-                .iter()
-                .all(|violation| violation.rule == Rule::SourceShape),
-            "{violations:#?}"
-        );
+        assert!(violations.iter().all(|violation| violation.rule == Rule::SourceShape), "{violations:#?}");
         assert_eq!(violations.len(), count, "{key} {value}: {violations:#?}");
     }
 }
@@ -825,23 +621,9 @@ fn every_violation_is_listed_at_once() {
     let mut checkpoint = original();
     checkpoint.config["rope_theta"] = json!(0.5);
     checkpoint.tensors.remove("norm.scale");
-    checkpoint
-        .tensors
-        .insert("block.0.mlp.gate.bias".into(), stored("x", Dtype::F32, &[E + 1]));
-    let rules: Vec<_> = checkpoint
-        .refused()
-        .iter()
-        .map(|violation| violation.rule)
-        .collect();
-    assert_eq!(
-        rules,
-        [
-            Rule::SourceConfig,
-            Rule::SourceDtype,
-            Rule::SourceShape,
-            Rule::SourceMissing
-        ]
-    );
+    checkpoint.tensors.insert("block.0.mlp.gate.bias".into(), stored("x", Dtype::F32, &[E + 1]));
+    let rules: Vec<_> = checkpoint.refused().iter().map(|violation| violation.rule).collect();
+    assert_eq!(rules, [Rule::SourceConfig, Rule::SourceDtype, Rule::SourceShape, Rule::SourceMissing]);
 }
 
 /// The shapes of q, k and v are checked each, not only their sum.
@@ -850,25 +632,15 @@ fn hugging_face_tensors_are_refused_under_their_own_names() {
     let mut checkpoint = hugging_face();
     let q = "model.layers.0.self_attn.q_proj.weight";
     let k = "model.layers.0.self_attn.k_proj.weight";
-    checkpoint
-        .tensors
-        .insert(q.into(), stored(q, Dtype::BF16, &[KV * D, H]));
-    checkpoint
-        .tensors
-        .insert(k.into(), stored(k, Dtype::BF16, &[HEADS * D, H]));
+    checkpoint.tensors.insert(q.into(), stored(q, Dtype::BF16, &[KV * D, H]));
+    checkpoint.tensors.insert(k.into(), stored(k, Dtype::BF16, &[HEADS * D, H]));
     checkpoint.tensors.remove("model.layers.1.self_attn.v_proj.bias");
-    let found: Vec<_> = checkpoint
-        .refused()
-        .into_iter()
-        .map(|violation| (violation.rule, violation.field))
-        .collect();
+    let found: Vec<_> =
+        checkpoint.refused().into_iter().map(|violation| (violation.rule, violation.field)).collect();
     let expected = [
         (Rule::SourceShape, q.to_string()),
         (Rule::SourceShape, k.to_string()),
-        (
-            Rule::SourceMissing,
-            "model.layers.1.self_attn.v_proj.bias".to_string(),
-        ),
+        (Rule::SourceMissing, "model.layers.1.self_attn.v_proj.bias".to_string()),
     ];
     assert_eq!(found, expected);
 }
@@ -879,34 +651,15 @@ fn bf16_experts_of_another_dtype_or_beside_mxfp4_are_refused() {
     let mut checkpoint = hugging_face_bf16();
     *checkpoint.tensor(name) = stored(name, Dtype::F32, &[E, I, H]);
     let dir = checkpoint.write();
-    let violations = Folder::open(
-        dir.path(),
-        Options {
-            quantize: true,
-            ..options()
-        },
-    )
-    .unwrap_err();
+    let violations = Folder::open(dir.path(), Options { quantize: true, ..options() }).unwrap_err();
     assert_refused(violations.violations(), Rule::SourceDtype, name);
 
     let mut checkpoint = hugging_face();
-    checkpoint
-        .tensors
-        .insert(name.into(), stored(name, Dtype::BF16, &[E, I, H]));
+    checkpoint.tensors.insert(name.into(), stored(name, Dtype::BF16, &[E, I, H]));
     let dir = checkpoint.write();
-    let error = Folder::open(
-        dir.path(),
-        Options {
-            quantize: true,
-            ..options()
-        },
-    )
-    .unwrap_err();
-    let found: Vec<_> = error
-        .violations()
-        .iter()
-        .map(|violation| (violation.rule, violation.field.clone()))
-        .collect();
+    let error = Folder::open(dir.path(), Options { quantize: true, ..options() }).unwrap_err();
+    let found: Vec<_> =
+        error.violations().iter().map(|violation| (violation.rule, violation.field.clone())).collect();
     let expected = ["_blocks", "_scales"].map(|suffix| (Rule::SourceDuplicate, format!("{name}{suffix}")));
     assert_eq!(found, expected);
 }
@@ -919,18 +672,8 @@ fn one_block_of_bf16_experts_beside_blocks_of_mxfp4_is_read() {
     checkpoint.tensors.remove(&format!("{name}_scales"));
     checkpoint.tensors.insert(name.into(), bf16.tensors[name].clone());
     let dir = checkpoint.write();
-    let folder = Folder::open(
-        dir.path(),
-        Options {
-            quantize: true,
-            ..options()
-        },
-    )
-    .unwrap();
-    let id = TensorId {
-        kind: TensorKind::Mlp2Blocks,
-        block: 0,
-    };
+    let folder = Folder::open(dir.path(), Options { quantize: true, ..options() }).unwrap();
+    let id = TensorId { kind: TensorKind::Mlp2Blocks, block: 0 };
     assert!(read_all(&folder, id) == canonical(id));
 }
 
@@ -940,11 +683,7 @@ fn the_number_of_layers_does_not_drive_the_work() {
     checkpoint.config["num_hidden_layers"] = json!(u32::MAX);
     let violations = checkpoint.refused();
     assert!(violations.len() <= 65, "{}", violations.len());
-    assert!(
-        violations
-            .iter()
-            .all(|violation| violation.rule == Rule::SourceMissing)
-    );
+    assert!(violations.iter().all(|violation| violation.rule == Rule::SourceMissing));
     assert!(violations.last().unwrap().found.contains("not listed"));
     checkpoint.config["num_experts"] = json!(u32::MAX);
     checkpoint.config["num_attention_heads"] = json!(u32::MAX);
@@ -955,16 +694,9 @@ fn the_number_of_layers_does_not_drive_the_work() {
 
 #[test]
 fn a_name_in_two_shards_is_refused_naming_both() {
-    let checkpoint = Checkpoint {
-        shards: 2,
-        ..original()
-    };
+    let checkpoint = Checkpoint { shards: 2, ..original() };
     for index in [false, true] {
-        let dir = Checkpoint {
-            index,
-            ..checkpoint.clone()
-        }
-        .write();
+        let dir = Checkpoint { index, ..checkpoint.clone() }.write();
         fs::write(
             dir.path().join("zz.safetensors"),
             serialize([(&"norm.scale".into(), &checkpoint.tensors["norm.scale"])]),
@@ -972,16 +704,8 @@ fn a_name_in_two_shards_is_refused_naming_both() {
         .unwrap();
         let violations = refusal(dir.path());
         assert_refused(&violations, Rule::SourceDuplicate, "norm.scale");
-        assert!(
-            violations[0].found.contains("zz.safetensors"),
-            "{}",
-            violations[0].found
-        );
-        assert!(
-            violations[0].found.contains("model-0000"),
-            "{}",
-            violations[0].found
-        );
+        assert!(violations[0].found.contains("zz.safetensors"), "{}", violations[0].found);
+        assert!(violations[0].found.contains("model-0000"), "{}", violations[0].found);
     }
 }
 
@@ -1001,45 +725,25 @@ fn junk_is_noted_or_refused_before_anything_is_written() {
     assert_eq!(violations[0].section, "._model.safetensors");
 
     // An index says what belongs to the checkpoint.
-    let dir = Checkpoint {
-        index: true,
-        ..original()
-    }
-    .write();
+    let dir = Checkpoint { index: true, ..original() }.write();
     fs::write(dir.path().join("._model.safetensors"), "junk").unwrap();
     let folder = Folder::open(dir.path(), options()).unwrap();
-    assert_eq!(
-        folder.notes(),
-        ["not named by the index and ignored: ._model.safetensors"]
-    );
+    assert_eq!(folder.notes(), ["not named by the index and ignored: ._model.safetensors"]);
 
     let mut checkpoint = original();
-    checkpoint
-        .tensors
-        .insert("block.0.attn.extra".into(), stored("x", Dtype::F64, &[3]));
+    checkpoint.tensors.insert("block.0.attn.extra".into(), stored("x", Dtype::F64, &[3]));
     let dir = checkpoint.write();
     let folder = Folder::open(dir.path(), options()).unwrap();
-    assert_eq!(
-        folder.notes(),
-        ["tensors that the model does not have, ignored: block.0.attn.extra"]
-    );
+    assert_eq!(folder.notes(), ["tensors that the model does not have, ignored: block.0.attn.extra"]);
 }
 
 #[test]
 fn folders_without_a_checkpoint_say_what_is_there() {
     let dir = TempDir::new().unwrap();
     let violations = refusal(dir.path());
-    let found: Vec<_> = violations
-        .iter()
-        .map(|violation| (violation.rule, violation.field.as_str()))
-        .collect();
-    assert_eq!(
-        found,
-        [
-            (Rule::SourceConfig, "config.json"),
-            (Rule::SourceMissing, "SafeTensors files")
-        ]
-    );
+    let found: Vec<_> =
+        violations.iter().map(|violation| (violation.rule, violation.field.as_str())).collect();
+    assert_eq!(found, [(Rule::SourceConfig, "config.json"), (Rule::SourceMissing, "SafeTensors files")]);
 
     // A download from Hugging Face without its own shards.
     fs::create_dir(dir.path().join("original")).unwrap();
@@ -1062,11 +766,7 @@ fn folders_without_a_checkpoint_say_what_is_there() {
 
 #[test]
 fn an_index_that_disagrees_with_the_shards_is_refused() {
-    let checkpoint = Checkpoint {
-        shards: 2,
-        index: true,
-        ..original()
-    };
+    let checkpoint = Checkpoint { shards: 2, index: true, ..original() };
     let dir = checkpoint.write();
     let path = dir.path().join("model.safetensors.index.json");
     let index: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
@@ -1079,39 +779,17 @@ fn an_index_that_disagrees_with_the_shards_is_refused() {
     // The names alternate between the shards: the first is in the first.
     let first = checkpoint.tensors.keys().next().unwrap().as_str();
     let other = checkpoint.shard_name(1);
-    assert_refused(
-        &changed(&|map| map[first] = json!(other)),
-        Rule::SourceContainer,
-        first,
-    );
-    assert_refused(
-        &changed(&|map| map["extra"] = json!(other)),
-        Rule::SourceMissing,
-        "extra",
-    );
-    for escape in [
-        "../model.safetensors",
-        "/etc/passwd",
-        "a/b.safetensors",
-        "..",
-        ".",
-        "",
-        "./model.safetensors",
-    ] {
+    assert_refused(&changed(&|map| map[first] = json!(other)), Rule::SourceContainer, first);
+    assert_refused(&changed(&|map| map["extra"] = json!(other)), Rule::SourceMissing, "extra");
+    for escape in
+        ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", "", "./model.safetensors"]
+    {
         let violations = changed(&|map| map[first] = json!(escape));
         assert_refused(&violations, Rule::SourceContainer, escape);
         assert_eq!(violations[0].section, "model.safetensors.index.json");
     }
-    assert_refused(
-        &changed(&|map| *map = json!([])),
-        Rule::SourceContainer,
-        "weight_map",
-    );
-    assert_refused(
-        &changed(&|map| map[first] = json!(7)),
-        Rule::SourceContainer,
-        "weight_map",
-    );
+    assert_refused(&changed(&|map| *map = json!([])), Rule::SourceContainer, "weight_map");
+    assert_refused(&changed(&|map| map[first] = json!(7)), Rule::SourceContainer, "weight_map");
 
     let twice = index.to_string().replacen(
         "\"weight_map\":{",
@@ -1119,10 +797,7 @@ fn an_index_that_disagrees_with_the_shards_is_refused() {
         1,
     );
     fs::write(&path, twice).unwrap();
-    let rules: Vec<_> = refusal(dir.path())
-        .iter()
-        .map(|violation| violation.rule)
-        .collect();
+    let rules: Vec<_> = refusal(dir.path()).iter().map(|violation| violation.rule).collect();
     assert_eq!(rules, [Rule::SourceDuplicate, Rule::SourceContainer]);
 
     // A shard that was not fetched is one violation, not one for each of its tensors.
@@ -1170,18 +845,8 @@ fn unsound_shards_are_refused() {
         ("empty", vec![], Rule::SourceContainer, "header length"),
         ("7 bytes", vec![0; 7], Rule::SourceContainer, "header length"),
         ("no header", vec![0; 8], Rule::SourceContainer, "header"),
-        (
-            "header past the end",
-            9u64.to_le_bytes().to_vec(),
-            Rule::SourceContainer,
-            "header length",
-        ),
-        (
-            "huge header",
-            u64::MAX.to_le_bytes().to_vec(),
-            Rule::SourceContainer,
-            "header length",
-        ),
+        ("header past the end", 9u64.to_le_bytes().to_vec(), Rule::SourceContainer, "header length"),
+        ("huge header", u64::MAX.to_le_bytes().to_vec(), Rule::SourceContainer, "header length"),
         ("no JSON", shard("{a", 0), Rule::SourceContainer, "header"),
         ("array", shard("[]", 0), Rule::SourceContainer, "header"),
         (
@@ -1196,78 +861,31 @@ fn unsound_shards_are_refused() {
             Rule::SourceContainer,
             "header",
         ),
-        (
-            "metadata",
-            shard(r#"{"__metadata__":7}"#, 0),
-            Rule::SourceContainer,
-            "header",
-        ),
-        (
-            "truncated",
-            shard(&format!("{{{a}}}"), 3),
-            Rule::SourceContainer,
-            "a",
-        ),
-        (
-            "trailing",
-            shard(&format!("{{{a}}}"), 5),
-            Rule::SourceContainer,
-            "data",
-        ),
+        ("metadata", shard(r#"{"__metadata__":7}"#, 0), Rule::SourceContainer, "header"),
+        ("truncated", shard(&format!("{{{a}}}"), 3), Rule::SourceContainer, "a"),
+        ("trailing", shard(&format!("{{{a}}}"), 5), Rule::SourceContainer, "data"),
         (
             "out of file",
-            shard(
-                &format!("{{{}}}", a.replace("[0,4]", "[0,18446744073709551615]")),
-                4,
-            ),
+            shard(&format!("{{{}}}", a.replace("[0,4]", "[0,18446744073709551615]")), 4),
             Rule::SourceContainer,
             "a",
         ),
-        (
-            "backwards",
-            shard(&format!("{{{}}}", a.replace("[0,4]", "[4,0]")), 4),
-            Rule::SourceContainer,
-            "a",
-        ),
-        (
-            "wrong size",
-            shard(&format!("{{{}}}", a.replace("[4]", "[5]")), 4),
-            Rule::SourceContainer,
-            "a",
-        ),
+        ("backwards", shard(&format!("{{{}}}", a.replace("[0,4]", "[4,0]")), 4), Rule::SourceContainer, "a"),
+        ("wrong size", shard(&format!("{{{}}}", a.replace("[4]", "[5]")), 4), Rule::SourceContainer, "a"),
         (
             "overflow",
-            shard(
-                &format!("{{{}}}", a.replace("[4]", "[4294967296,4294967296,4]")),
-                4,
-            ),
+            shard(&format!("{{{}}}", a.replace("[4]", "[4294967296,4294967296,4]")), 4),
             Rule::SourceContainer,
             "a",
         ),
-        (
-            "gap",
-            shard(&format!("{{{}}}", a.replace("[0,4]", "[1,5]")), 5),
-            Rule::SourceContainer,
-            "a",
-        ),
+        ("gap", shard(&format!("{{{}}}", a.replace("[0,4]", "[1,5]")), 5), Rule::SourceContainer, "a"),
         (
             "overlap",
-            shard(
-                &format!(
-                    "{{{a},{}}}",
-                    a.replace("\"a\"", "\"b\"").replace("[0,4]", "[2,6]")
-                ),
-                6,
-            ),
+            shard(&format!("{{{a},{}}}", a.replace("\"a\"", "\"b\"").replace("[0,4]", "[2,6]")), 6),
             Rule::SourceContainer,
             "b",
         ),
-        (
-            "twice",
-            shard(&format!("{{{a},{}}}", a.replace("[0,4]", "[4,8]")), 8),
-            Rule::SourceDuplicate,
-            "a",
-        ),
+        ("twice", shard(&format!("{{{a},{}}}", a.replace("[0,4]", "[4,8]")), 8), Rule::SourceDuplicate, "a"),
     ];
     for (name, bytes, rule, field) in cases {
         let dir = original().write();
@@ -1278,16 +896,8 @@ fn unsound_shards_are_refused() {
             (*rule, *field),
             "{name}: {violations:#?}"
         );
-        assert_eq!(
-            (violations.len(), violations[0].section.as_str()),
-            (1, "model.safetensors"),
-            "{name}"
-        );
-        assert!(
-            violations[0].range.end <= bytes.len() as u64,
-            "{name}: {:?}",
-            violations[0].range
-        );
+        assert_eq!((violations.len(), violations[0].section.as_str()), (1, "model.safetensors"), "{name}");
+        assert!(violations[0].range.end <= bytes.len() as u64, "{name}: {:?}", violations[0].range);
     }
 }
 
@@ -1297,18 +907,9 @@ fn a_truncated_shard_is_refused_at_every_byte_of_its_header() {
     let path = dir.path().join("model.safetensors");
     let whole = fs::read(&path).unwrap();
     let header = 8 + u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
-    for len in (0..header)
-        .step_by(7)
-        .chain(0..16)
-        .chain([header, whole.len() / 2, whole.len() - 1])
-    {
+    for len in (0..header).step_by(7).chain(0..16).chain([header, whole.len() / 2, whole.len() - 1]) {
         fs::write(&path, &whole[..len]).unwrap();
-        assert!(
-            refusal(dir.path())
-                .iter()
-                .all(|violation| violation.rule == Rule::SourceContainer),
-            "{len}"
-        );
+        assert!(refusal(dir.path()).iter().all(|violation| violation.rule == Rule::SourceContainer), "{len}");
     }
 }
 
@@ -1321,10 +922,7 @@ fn scales_above_240_are_found_with_their_elements() {
         // 240 is the largest that fits.
         checkpoint.tensor(name).data[0] = 240;
         let dir = checkpoint.write();
-        Folder::open(dir.path(), options())
-            .unwrap()
-            .check_values(&())
-            .unwrap();
+        Folder::open(dir.path(), options()).unwrap().check_values(&()).unwrap();
 
         let row = I / 32;
         let element = (3 * H + 5) * row + 1;
@@ -1333,19 +931,13 @@ fn scales_above_240_are_found_with_their_elements() {
             checkpoint.tensor(name).data[at] = 255;
         }
         let dir = checkpoint.write();
-        let error = Folder::open(dir.path(), options())
-            .unwrap()
-            .check_values(&())
-            .unwrap_err();
+        let error = Folder::open(dir.path(), options()).unwrap().check_values(&()).unwrap_err();
         assert_refused(error.violations(), Rule::SourceScale, name);
         let violation = &error.violations()[0];
         let found = "241 at element [3, 5, 1], 255 at element [3, 6, 0], 255 at element [3, 6, 1] and 1 more";
         assert_eq!(violation.found, found);
         let file = fs::read(dir.path().join("model.safetensors")).unwrap();
-        assert_eq!(
-            file[violation.range.start as usize..violation.range.end as usize],
-            [241]
-        );
+        assert_eq!(file[violation.range.start as usize..violation.range.end as usize], [241]);
     }
 }
 
@@ -1357,20 +949,14 @@ fn nan_in_qkv_is_found_and_infinity_is_not() {
     // NaN elsewhere is the verifier's concern.
     checkpoint.tensor("norm.scale").data[..2].copy_from_slice(&bf16::NAN.to_le_bytes());
     let dir = checkpoint.write();
-    Folder::open(dir.path(), options())
-        .unwrap()
-        .check_values(&())
-        .unwrap();
+    Folder::open(dir.path(), options()).unwrap().check_values(&()).unwrap();
 
     checkpoint.tensor("block.0.attn.qkv.bias").data[6..8].copy_from_slice(&0xff81u16.to_le_bytes());
     let weight = checkpoint.tensor("block.1.attn.qkv.weight");
     let last = weight.data.len() - 2;
     weight.data[last..].copy_from_slice(&0x7f81u16.to_le_bytes());
     let dir = checkpoint.write();
-    let error = Folder::open(dir.path(), options())
-        .unwrap()
-        .check_values(&())
-        .unwrap_err();
+    let error = Folder::open(dir.path(), options()).unwrap().check_values(&()).unwrap_err();
     let found: Vec<_> = error
         .violations()
         .iter()
@@ -1391,24 +977,13 @@ fn infinite_experts_are_found_before_and_while_quantising() {
     let at = (2 * H + 40) * 2 * I + 7;
     checkpoint.tensor(name).data[2 * at..2 * at + 2].copy_from_slice(&bf16::INFINITY.to_le_bytes());
     let dir = checkpoint.write();
-    let folder = Folder::open(
-        dir.path(),
-        Options {
-            quantize: true,
-            ..options()
-        },
-    )
-    .unwrap();
-    let id = TensorId {
-        kind: TensorKind::Mlp1Scales,
-        block: 0,
-    };
+    let folder = Folder::open(dir.path(), Options { quantize: true, ..options() }).unwrap();
+    let id = TensorId { kind: TensorKind::Mlp1Scales, block: 0 };
     let mut out = vec![0; H / 32];
     let row = 2 * 2 * I as u64;
-    for error in [
-        folder.check_values(&()).unwrap_err(),
-        folder.read_rows(id, row..row + 1, &mut out).unwrap_err(),
-    ] {
+    for error in
+        [folder.check_values(&()).unwrap_err(), folder.read_rows(id, row..row + 1, &mut out).unwrap_err()]
+    {
         assert_refused(error.violations(), Rule::SourceNan, name);
         assert_eq!(error.violations()[0].found, "inf at element [2, 40, 7]");
     }
@@ -1425,14 +1000,8 @@ fn a_tensor_that_vanishes_after_opening_is_an_error() {
         .unwrap()
         .set_len(100)
         .unwrap();
-    let id = TensorId {
-        kind: TensorKind::Norm,
-        block: 0,
-    };
-    assert!(matches!(
-        folder.read_rows(id, 0..1, &mut [0; 2]),
-        Err(Error::Io { .. })
-    ));
+    let id = TensorId { kind: TensorKind::Norm, block: 0 };
+    assert!(matches!(folder.read_rows(id, 0..1, &mut [0; 2]), Err(Error::Io { .. })));
     assert!(matches!(folder.check_values(&()), Err(Error::Io { .. })));
 }
 

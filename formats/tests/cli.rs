@@ -18,7 +18,13 @@ fn modelbin(arguments: &[&str]) -> Output {
 fn expect(status: i32, arguments: &[&str]) -> String {
     let output = modelbin(arguments);
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert_eq!(output.status.code(), Some(status), "{arguments:?}: {}{}", text(&output.stdout), text(&output.stderr));
+    assert_eq!(
+        output.status.code(),
+        Some(status),
+        "{arguments:?}: {}{}",
+        text(&output.stdout),
+        text(&output.stderr)
+    );
     text(&output.stdout)
 }
 
@@ -44,8 +50,10 @@ impl Workplace {
 
     /// The names of everything in it, hidden files included.
     fn entries(&self) -> Vec<String> {
-        let mut entries: Vec<String> =
-            fs::read_dir(self.0.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        let mut entries: Vec<String> = fs::read_dir(self.0.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
         entries.sort();
         entries
     }
@@ -56,7 +64,9 @@ fn export_takes_the_genuine_flags_in_both_spellings() {
     let place = Workplace::new();
     let (a, b) = (place.path("a.bin"), place.path("b.bin"));
     let text = expect(0, &["export", "-s", &fixture("checkpoints/original"), "-d", &a]);
-    for section in ["file header", "embedding", "block 1 attention and router", "block 0 experts", "original layout"] {
+    for section in
+        ["file header", "embedding", "block 1 attention and router", "block 0 experts", "original layout"]
+    {
         assert!(text.contains(section), "{section} in {text}");
     }
     let document = json(0, &["export", "--src", &fixture("checkpoints/hf"), "--dst", &b, "--json"]);
@@ -99,8 +109,12 @@ fn verify_against_another_checkpoint_names_what_differs() {
     let file = fixture("model-bin/ordinary.bin");
     expect(0, &["verify", &file, "--against", &fixture("checkpoints/original-3-shards")]);
     let document = json(1, &["verify", &file, "--against", &fixture("checkpoints/extreme"), "--json"]);
-    let rules: Vec<&str> =
-        document["violations"].as_array().unwrap().iter().map(|entry| entry["rule"].as_str().unwrap()).collect();
+    let rules: Vec<&str> = document["violations"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|entry| entry["rule"].as_str().unwrap())
+        .collect();
     assert!(rules.contains(&"WR-HEADER"), "{rules:?}");
 }
 

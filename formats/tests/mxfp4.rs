@@ -10,11 +10,8 @@ use proptest::prelude::*;
 /// A code's value by the definition of E2M1: sign, two exponent bits with bias 1, one mantissa bit.
 fn e2m1(code: u8) -> f64 {
     let (exponent, mantissa) = (i32::from(code >> 1 & 3), f64::from(code & 1));
-    let magnitude = if exponent == 0 {
-        mantissa / 2.0
-    } else {
-        (1.0 + mantissa / 2.0) * 2f64.powi(exponent - 1)
-    };
+    let magnitude =
+        if exponent == 0 { mantissa / 2.0 } else { (1.0 + mantissa / 2.0) * 2f64.powi(exponent - 1) };
     if code & 8 == 0 { magnitude } else { -magnitude }
 }
 
@@ -40,17 +37,9 @@ fn every_code_and_scale_is_the_binary64_product() {
     for scale in 0..255 {
         for code in 0..16 {
             let exact = e2m1(code) * ue8m0(scale);
-            assert_same(
-                value(code, scale),
-                exact as f32,
-                format_args!("code {code}, scale {scale}"),
-            );
+            assert_same(value(code, scale), exact as f32, format_args!("code {code}, scale {scale}"));
             if scale <= 252 {
-                assert_eq!(
-                    f64::from(value(code, scale)),
-                    exact,
-                    "inexact: code {code}, scale {scale}"
-                );
+                assert_eq!(f64::from(value(code, scale)), exact, "inexact: code {code}, scale {scale}");
             }
         }
     }
@@ -65,14 +54,8 @@ fn every_code_and_scale_is_the_binary64_product() {
 
 #[test]
 fn stored_scales_are_14_higher_and_limited() {
-    assert_eq!(
-        [stored_scale(0), stored_scale(240), stored_scale(241)],
-        [Some(14), Some(254), None]
-    );
-    assert_eq!(
-        [13, 14, 254, 255].map(checkpoint_scale),
-        [None, Some(0), Some(240), None]
-    );
+    assert_eq!([stored_scale(0), stored_scale(240), stored_scale(241)], [Some(14), Some(254), None]);
+    assert_eq!([13, 14, 254, 255].map(checkpoint_scale), [None, Some(0), Some(240), None]);
     for scale in 0..=MAX_SCALE {
         assert_eq!(stored_scale(scale).and_then(checkpoint_scale), Some(scale));
     }
@@ -110,15 +93,9 @@ fn decoding_uses_the_scale_of_each_block() {
 
 #[test]
 fn lengths_that_do_not_fit_are_refused() {
-    for (blocks, scales, out) in [
-        (16, 1, 31),
-        (16, 1, 64),
-        (15, 1, 32),
-        (32, 1, 32),
-        (16, 2, 32),
-        (0, 1, 0),
-        (17, 1, 32),
-    ] {
+    for (blocks, scales, out) in
+        [(16, 1, 31), (16, 1, 64), (15, 1, 32), (32, 1, 32), (16, 2, 32), (0, 1, 0), (17, 1, 32)]
+    {
         let error = decode(&vec![0; blocks], &vec![0; scales], &mut vec![0.0; out]).unwrap_err();
         assert_eq!(error, LengthMismatch { blocks, scales, out });
     }
@@ -129,10 +106,7 @@ fn lengths_that_do_not_fit_are_refused() {
 fn quantize(values: &[f32; BLOCK]) -> (u8, [u8; BLOCK]) {
     let (mut bytes, mut scale) = ([0; BLOCK_BYTES], [0]);
     quantize_row(values, &mut bytes, &mut scale).unwrap();
-    (
-        scale[0],
-        std::array::from_fn(|index| bytes[index / 2] >> (4 * (index % 2)) & 15),
-    )
+    (scale[0], std::array::from_fn(|index| bytes[index / 2] >> (4 * (index % 2)) & 15))
 }
 
 fn block(values: &[f32]) -> [f32; BLOCK] {
@@ -143,9 +117,7 @@ fn block(values: &[f32]) -> [f32; BLOCK] {
 fn nearest(value: f32, scale: u8) -> u8 {
     let distance = |code: u8| (f64::from(value) - e2m1(code) * ue8m0(scale)).abs();
     let codes = if value.is_sign_negative() { 8..16 } else { 0..8 };
-    codes
-        .min_by(|&a, &b| distance(a).total_cmp(&distance(b)).then((a & 1).cmp(&(b & 1))))
-        .unwrap()
+    codes.min_by(|&a, &b| distance(a).total_cmp(&distance(b)).then((a & 1).cmp(&(b & 1)))).unwrap()
 }
 
 fn squared_error(values: &[f32; BLOCK], scale: u8, codes: &[u8; BLOCK]) -> f64 {
@@ -163,9 +135,7 @@ fn error_at(values: &[f32; BLOCK], scale: u8) -> f64 {
 
 /// The scale of OCP MX v1.0, section 6.3, within the format's range.
 fn plain_scale(values: &[f32; BLOCK]) -> u8 {
-    let max = values
-        .iter()
-        .fold(0f64, |max, &value| max.max(f64::from(value).abs()));
+    let max = values.iter().fold(0f64, |max, &value| max.max(f64::from(value).abs()));
     let exponent = (0..=MAX_SCALE).rev().find(|&scale| max >= 4.0 * ue8m0(scale));
     exponent.unwrap_or(0)
 }
@@ -192,11 +162,7 @@ fn values_at_the_midpoints_go_to_even_codes() {
         assert_eq!((scale, codes[1]), (127, code), "{value}");
     }
     let (scale, codes) = quantize(&block(&[5.0, 3.0]));
-    assert_eq!(
-        (scale, codes[0], codes[1]),
-        (127, 6, 5),
-        "5 lies between 4 (code 6) and 6 (code 7)"
-    );
+    assert_eq!((scale, codes[0], codes[1]), (127, 6, 5), "5 lies between 4 (code 6) and 6 (code 7)");
 }
 
 #[test]
@@ -207,17 +173,8 @@ fn a_scale_up_or_down_is_taken_where_it_is_better() {
     assert_eq!(quantize(&block(&[&[4.0][..], &[0.25; 31]].concat())).0, 126);
     assert_eq!(quantize(&block(&[4.0, 0.25])).0, 127);
     // On either side of the bounds that the quantiser proves: 7, and 4 + 15/32 = 4.46875.
-    for (max, small, scale) in [
-        (6.99, 0.0, 127),
-        (7.01, 0.0, 128),
-        (4.46, 0.25, 126),
-        (4.48, 0.25, 127),
-    ] {
-        assert_eq!(
-            quantize(&block(&[&[max][..], &[small; 31]].concat())).0,
-            scale,
-            "{max}"
-        );
+    for (max, small, scale) in [(6.99, 0.0, 127), (7.01, 0.0, 128), (4.46, 0.25, 126), (4.48, 0.25, 127)] {
+        assert_eq!(quantize(&block(&[&[max][..], &[small; 31]].concat())).0, scale, "{max}");
     }
 }
 
@@ -248,15 +205,8 @@ fn the_first_infinity_or_nan_of_a_row_is_refused() {
 
 #[test]
 fn rows_are_quantised_block_by_block() {
-    let values: Vec<f32> = (0..64)
-        .map(|index| {
-            if index < 32 {
-                index as f32
-            } else {
-                1e-3 * index as f32
-            }
-        })
-        .collect();
+    let values: Vec<f32> =
+        (0..64).map(|index| if index < 32 { index as f32 } else { 1e-3 * index as f32 }).collect();
     let (mut blocks, mut scales) = ([0; 32], [0; 2]);
     quantize_row(&values, &mut blocks, &mut scales).unwrap();
     for n in 0..2 {
@@ -269,32 +219,17 @@ fn rows_are_quantised_block_by_block() {
 /// Blocks of several kinds: like weights, on a grid that is full of ties, with magnitudes near where a scale changes,
 /// and any finite bits.
 fn blocks() -> impl Strategy<Value = [f32; BLOCK]> {
-    let weights = (-126..110i32, vec(-1.0f32..1.0, BLOCK)).prop_map(|(exponent, values)| {
-        values
-            .iter()
-            .map(|value| value.powi(3) * power(exponent))
-            .collect()
-    });
+    let weights = (-126..110i32, vec(-1.0f32..1.0, BLOCK))
+        .prop_map(|(exponent, values)| values.iter().map(|value| value.powi(3) * power(exponent)).collect());
     let ties = (-140..120i32, vec(-64..=64i32, BLOCK)).prop_map(|(exponent, values)| {
-        values
-            .iter()
-            .map(|&value| value as f32 / 8.0 * power(exponent))
-            .collect()
+        values.iter().map(|&value| value as f32 / 8.0 * power(exponent)).collect()
     });
     let edges =
         (-120..110i32, 3.9f32..8.1, vec(-1.5f32..1.5, BLOCK - 1)).prop_map(|(exponent, max, values)| {
-            values
-                .iter()
-                .chain([&max])
-                .map(|value| value * power(exponent))
-                .collect::<Vec<f32>>()
+            values.iter().chain([&max]).map(|value| value * power(exponent)).collect::<Vec<f32>>()
         });
-    let bits = vec(
-        any::<u32>()
-            .prop_map(f32::from_bits)
-            .prop_filter("finite", |value| value.is_finite()),
-        BLOCK,
-    );
+    let bits =
+        vec(any::<u32>().prop_map(f32::from_bits).prop_filter("finite", |value| value.is_finite()), BLOCK);
     prop_oneof![weights, ties, edges, bits].prop_map(|values: Vec<f32>| values.try_into().unwrap())
 }
 

@@ -34,10 +34,7 @@ fn bytewise(regex: &str) -> Vocabulary {
 }
 
 fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[test]
@@ -58,10 +55,7 @@ fn o200k_is_the_genuine_exporters() {
     section.extend(&o200k.records);
     assert_eq!(116 + section.len(), 1_798_345);
     section.resize(1_802_240 - 116, 0);
-    assert_eq!(
-        sha256(&section),
-        "fa67aa10e825696ec618175bd977c6d9ddee701bfc1e3690afe449d56713e76d"
-    );
+    assert_eq!(sha256(&section), "fa67aa10e825696ec618175bd977c6d9ddee701bfc1e3690afe449d56713e76d");
     assert_eq!(o200k.len(), 200_014);
 }
 
@@ -69,10 +63,7 @@ fn o200k_is_the_genuine_exporters() {
 fn o200k_renders_as_the_upstream_file_and_reads_back() {
     let o200k = Vocabulary::o200k();
     let file = o200k.tiktoken_bytes().unwrap();
-    assert_eq!(
-        sha256(&file),
-        "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
-    );
+    assert_eq!(sha256(&file), "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d");
     let text = String::from_utf8(file).unwrap();
     let back = Vocabulary::from_tiktoken(&text, &o200k.regex, o200k.special_uuids.clone()).unwrap();
     assert!(back == *o200k);
@@ -80,10 +71,7 @@ fn o200k_renders_as_the_upstream_file_and_reads_back() {
 
 #[test]
 fn special_tokens_have_the_ids_that_the_runtime_expects() {
-    let found: Vec<_> = Vocabulary::o200k()
-        .special_tokens()
-        .map(|(id, token)| (id, token.name))
-        .collect();
+    let found: Vec<_> = Vocabulary::o200k().special_tokens().map(|(id, token)| (id, token.name)).collect();
     let expected = [
         (200000, "<|untrusted|>"),
         (200002, "<|return|>"),
@@ -97,18 +85,9 @@ fn special_tokens_have_the_ids_that_the_runtime_expects() {
     ];
     assert_eq!(found, expected);
     for (id, name) in expected {
-        assert_eq!(
-            (O200K.special_id(name), O200K.token(id)),
-            (Some(id), Some(name.as_bytes()))
-        );
+        assert_eq!((O200K.special_id(name), O200K.token(id)), (Some(id), Some(name.as_bytes())));
     }
-    assert_eq!(
-        [
-            O200K.special_id("<|end_untrusted|>"),
-            O200K.special_id("<|endoftext|>")
-        ],
-        [None, None]
-    );
+    assert_eq!([O200K.special_id("<|end_untrusted|>"), O200K.special_id("<|endoftext|>")], [None, None]);
 }
 
 #[test]
@@ -116,10 +95,7 @@ fn tiktoken_files_are_read_in_any_order_and_faults_are_named() {
     let read = |text| Vocabulary::from_tiktoken(text, "x", vec![Uuid::default()]);
     let read_error = |text| read(text).unwrap_err();
     let vocabulary = read("YmM= 1\n\nYQ== 0\n").unwrap();
-    assert_eq!(
-        vocabulary.tokens().collect::<Result<Vec<_>, _>>().unwrap(),
-        [&b"a"[..], b"bc"]
-    );
+    assert_eq!(vocabulary.tokens().collect::<Result<Vec<_>, _>>().unwrap(), [&b"a"[..], b"bc"]);
     assert_eq!((vocabulary.len(), &*vocabulary.regex), (3, "x"));
     assert_eq!(vocabulary.tiktoken_bytes().unwrap(), b"YQ== 0\nYmM= 1\n");
     assert_eq!(read("").unwrap().len(), 1);
@@ -138,23 +114,14 @@ fn tiktoken_files_are_read_in_any_order_and_faults_are_named() {
         assert_eq!(read_error(text), TiktokenError { line, needed }, "{text:?}");
     }
     let long = format!("{} 0", "AAAA".repeat(65536 / 3 + 1));
-    assert_eq!(
-        read_error(&long),
-        TiktokenError {
-            line: 1,
-            needed: "a token of at most 65535 bytes"
-        }
-    );
+    assert_eq!(read_error(&long), TiktokenError { line: 1, needed: "a token of at most 65535 bytes" });
 }
 
 #[test]
 fn malformed_records_end_the_tokens_with_an_error() {
     let whole = vocabulary(&[b"a", b"", b"bcd"], "x").records;
     for length in 0..whole.len() {
-        let cut = Vocabulary {
-            records: whole[..length].to_vec(),
-            ..vocabulary(&[], "x")
-        };
+        let cut = Vocabulary { records: whole[..length].to_vec(), ..vocabulary(&[], "x") };
         let tokens: Vec<_> = cut.tokens().collect();
         let start = [0, 3, 5].into_iter().rfind(|&start| start < length).unwrap_or(0);
         let overrun = Overrun { start, end: length };
@@ -163,28 +130,13 @@ fn malformed_records_end_the_tokens_with_an_error() {
         } else {
             assert_eq!(tokens.last(), Some(&Err(overrun)), "{length}");
             assert_eq!(cut.tiktoken_bytes(), Err(overrun));
-            assert_eq!(
-                Tokenizer::new(&cut).unwrap_err(),
-                VocabularyError::Overrun(overrun)
-            );
+            assert_eq!(Tokenizer::new(&cut).unwrap_err(), VocabularyError::Overrun(overrun));
         }
     }
-    let short = Vocabulary {
-        num_text_tokens: 4,
-        ..vocabulary(&[b"a", b"b", b"c"], "x")
-    };
-    assert_eq!(
-        Tokenizer::new(&short).unwrap_err(),
-        VocabularyError::Count { found: 3, needed: 4 }
-    );
-    let vast = Vocabulary {
-        num_text_tokens: u32::MAX,
-        ..short
-    };
-    assert_eq!(
-        Tokenizer::new(&vast).unwrap_err(),
-        VocabularyError::TooMany(u32::MAX.into())
-    );
+    let short = Vocabulary { num_text_tokens: 4, ..vocabulary(&[b"a", b"b", b"c"], "x") };
+    assert_eq!(Tokenizer::new(&short).unwrap_err(), VocabularyError::Count { found: 3, needed: 4 });
+    let vast = Vocabulary { num_text_tokens: u32::MAX, ..short };
+    assert_eq!(Tokenizer::new(&vast).unwrap_err(), VocabularyError::TooMany(u32::MAX.into()));
 }
 
 /// Snippets that exercise each alternative of o200k's pattern.
@@ -259,38 +211,17 @@ fn mixed_text(bytes: usize) -> String {
 fn encodes_a_large_mixed_text_as_tiktoken_does() {
     let text = mixed_text(1 << 20);
     let ids = O200K.encode(&text).unwrap();
-    assert!(
-        ids == tiktoken_rs::o200k_base_singleton().encode_ordinary(&text),
-        "another encoding"
-    );
+    assert!(ids == tiktoken_rs::o200k_base_singleton().encode_ordinary(&text), "another encoding");
     assert!(O200K.decode(&ids).unwrap() == text.as_bytes());
     assert!(O200K.decode_lossy(&ids) == text);
 }
 
 #[test]
 fn encodes_long_runs_as_tiktoken_does() {
-    for run in [
-        "a",
-        "A",
-        "ab",
-        "7",
-        "!",
-        " ",
-        "\n",
-        " \n",
-        "\u{301}",
-        "中",
-        "aA",
-        "=",
-        "\u{1f600}",
-        "zq",
-    ] {
+    for run in ["a", "A", "ab", "7", "!", " ", "\n", " \n", "\u{301}", "中", "aA", "=", "\u{1f600}", "zq"] {
         for text in [run.repeat(20_000), format!("x{}x", run.repeat(9_999))] {
             let ids = O200K.encode(&text).unwrap();
-            assert!(
-                ids == tiktoken_rs::o200k_base_singleton().encode_ordinary(&text),
-                "run of {run:?}"
-            );
+            assert!(ids == tiktoken_rs::o200k_base_singleton().encode_ordinary(&text), "run of {run:?}");
         }
     }
 }
@@ -366,15 +297,9 @@ fn special_names_are_tokens_only_where_asked_for() {
 #[test]
 fn special_tokens_follow_the_text_tokens_of_the_vocabulary() {
     let start = Vocabulary::o200k().special_uuids[200006 - 199998];
-    let vocabulary = Vocabulary {
-        special_uuids: vec![Uuid::default(), start, start],
-        ..bytewise(".")
-    };
+    let vocabulary = Vocabulary { special_uuids: vec![Uuid::default(), start, start], ..bytewise(".") };
     let tokenizer = Tokenizer::new(&vocabulary).unwrap();
-    assert_eq!(
-        tokenizer.encode_with_special("a<|start|><|end").unwrap(),
-        [97, 257, 60, 124, 101, 110, 100]
-    );
+    assert_eq!(tokenizer.encode_with_special("a<|start|><|end").unwrap(), [97, 257, 60, 124, 101, 110, 100]);
     assert_eq!(tokenizer.decode(&[257]).unwrap(), b"<|start|>");
 }
 
@@ -387,35 +312,19 @@ fn tokens_without_text_are_refused_or_replaced() {
     assert_eq!(O200K.decode(&[]).unwrap(), b"");
     // The first byte of a two-byte character alone.
     let id = O200K.id(b"\xc3").unwrap();
-    assert_eq!(
-        (O200K.decode(&[id]).unwrap(), O200K.decode_lossy(&[id])),
-        (vec![0xc3], "\u{fffd}".into())
-    );
+    assert_eq!((O200K.decode(&[id]).unwrap(), O200K.decode_lossy(&[id])), (vec![0xc3], "\u{fffd}".into()));
 }
 
 #[test]
 fn bytes_without_a_token_are_named() {
     let small = tokenizer(&[b"a", b"b", b"ab", b"xy"], "[a-z]+|\\s+");
     assert_eq!(small.encode("abaab").unwrap(), [2, 0, 2]);
-    assert_eq!(
-        small.encode("abxyxy").unwrap(),
-        [2, 3, 3],
-        "x and y only exist merged"
-    );
-    assert_eq!(
-        small.encode("abxyx").unwrap_err(),
-        EncodeError::MissingByte { byte: b'x', at: 4 }
-    );
-    assert_eq!(
-        small.encode("ab ab").unwrap_err(),
-        EncodeError::MissingByte { byte: b' ', at: 2 }
-    );
+    assert_eq!(small.encode("abxyxy").unwrap(), [2, 3, 3], "x and y only exist merged");
+    assert_eq!(small.encode("abxyx").unwrap_err(), EncodeError::MissingByte { byte: b'x', at: 4 });
+    assert_eq!(small.encode("ab ab").unwrap_err(), EncodeError::MissingByte { byte: b' ', at: 2 });
     let nothing = tokenizer(&[], ".");
     assert_eq!(nothing.encode("").unwrap(), Vec::<u32>::new());
-    assert_eq!(
-        nothing.encode("é").unwrap_err(),
-        EncodeError::MissingByte { byte: 0xc3, at: 0 }
-    );
+    assert_eq!(nothing.encode("é").unwrap_err(), EncodeError::MissingByte { byte: 0xc3, at: 0 });
 }
 
 #[test]
@@ -430,11 +339,7 @@ fn text_that_the_pattern_does_not_match_is_named() {
         ("^a", "aa", 1),
     ] {
         let tokenizer = Tokenizer::new(&bytewise(pattern)).unwrap();
-        assert_eq!(
-            tokenizer.encode(text).unwrap_err(),
-            EncodeError::Unmatched { at },
-            "{pattern}"
-        );
+        assert_eq!(tokenizer.encode(text).unwrap_err(), EncodeError::Unmatched { at }, "{pattern}");
     }
 }
 
@@ -458,10 +363,7 @@ fn hostile_patterns_are_refused_at_once() {
         &many,
     ] {
         let error = Tokenizer::new(&bytewise(pattern)).map(|_| ());
-        assert!(
-            matches!(error, Err(VocabularyError::Pattern(_))),
-            "{pattern}: {error:?}"
-        );
+        assert!(matches!(error, Err(VocabularyError::Pattern(_))), "{pattern}: {error:?}");
     }
     let long = "a".repeat(MAX_PATTERN + 1);
     assert_eq!(
@@ -478,24 +380,15 @@ fn patterns_that_backtrack_without_end_are_stopped() {
         (r"(?:(?=a)a|a(?!b))*c", "a".repeat(60)),
         (r"(a*)*(\1)*b", "a".repeat(60)),
     ] {
-        let error = Tokenizer::new(&bytewise(pattern))
-            .unwrap()
-            .encode(&text)
-            .unwrap_err();
-        assert!(
-            matches!(error, EncodeError::Search { at: 0, .. }),
-            "{pattern}: {error}"
-        );
+        let error = Tokenizer::new(&bytewise(pattern)).unwrap().encode(&text).unwrap_err();
+        assert!(matches!(error, EncodeError::Search { at: 0, .. }), "{pattern}: {error}");
     }
 }
 
 #[test]
 fn patterns_that_look_at_the_whole_rest_for_each_piece_are_stopped() {
     // Each piece is one byte, found after a search to the end: seconds for half a megabyte, quadratic from there.
-    let error = Tokenizer::new(&bytewise("a*!|a"))
-        .unwrap()
-        .encode(&"a".repeat(1 << 19))
-        .unwrap_err();
+    let error = Tokenizer::new(&bytewise("a*!|a")).unwrap().encode(&"a".repeat(1 << 19)).unwrap_err();
     assert!(matches!(error, EncodeError::Time { .. }), "{error}");
 }
 

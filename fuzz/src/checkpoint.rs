@@ -135,8 +135,7 @@ fn open(dir: &Path, bytes: usize, quantize: bool) {
 
 impl Size {
     fn value(self) -> u64 {
-        const EXTREMES: [u64; 8] =
-            [0, 1, 32, 1 << 31, 1 << 32, 1 << 62, i64::MAX as u64, u64::MAX];
+        const EXTREMES: [u64; 8] = [0, 1, 32, 1 << 31, 1 << 32, 1 << 62, i64::MAX as u64, u64::MAX];
         match self {
             Size::Small(size) => size.into(),
             Size::Any(size) => size,
@@ -162,8 +161,8 @@ impl Input {
             total += bytes.len();
             fs::write(dir.join(name), bytes).expect("a file");
         };
-        for shard in 0..shards {
-            write(FILES[shard], &self.shard(&tensors, shard));
+        for (shard, name) in FILES.iter().enumerate().take(shards) {
+            write(name, &self.shard(&tensors, shard));
         }
         match &self.config {
             Text::Edited(edits) => {
@@ -208,12 +207,17 @@ impl Input {
             starts.push(start);
             let (first, last) = tensor.offsets.unwrap_or((start, end));
             let Tensor { name, dtype, shape, .. } = tensor;
-            format!("{}:{{\"dtype\":\"{dtype}\",\"shape\":{shape:?},\"data_offsets\":[{first},{last}]}}", quoted(name))
+            format!(
+                "{}:{{\"dtype\":\"{dtype}\",\"shape\":{shape:?},\"data_offsets\":[{first},{last}]}}",
+                quoted(name)
+            )
         });
         let mut header = format!("{{{}}}", entries.collect::<Vec<_>>().join(","));
         let of_shard = |number: &u8| usize::from(*number) % (usize::from(self.shards % 3) + 1) == shard;
         for edit in &self.edits {
-            if let Edit::Header(number, text) = edit && of_shard(number) {
+            if let Edit::Header(number, text) = edit
+                && of_shard(number)
+            {
                 header = text.clone();
             }
         }
@@ -229,7 +233,9 @@ impl Input {
         }
         for edit in &self.edits {
             match edit {
-                Edit::Length(number, length) if of_shard(number) => bytes[..8].copy_from_slice(&length.to_le_bytes()),
+                Edit::Length(number, length) if of_shard(number) => {
+                    bytes[..8].copy_from_slice(&length.to_le_bytes())
+                }
                 Edit::Append(number, more) if of_shard(number) => bytes.extend(more),
                 Edit::Whole(number, whole) if of_shard(number) => {
                     bytes.clone_from(whole);

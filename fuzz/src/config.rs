@@ -1,8 +1,8 @@
 //! Target `config`.
 
 use arbitrary::Arbitrary;
-use formats::checkpoint::config::{Config, recover};
 pub(crate) use formats::checkpoint::config::FILE;
+use formats::checkpoint::config::{Config, recover};
 use formats::model_bin::header::{HEAD_DIM, ModelHeader, NUM_ACTIVE_EXPERTS};
 use formats::model_bin::verify::check_model_header;
 use formats::rules::Level;
@@ -132,11 +132,19 @@ fn check_recovered(header: &ModelHeader) {
     let json = serde_json::to_vec(&recovered.json).expect("JSON");
     let Ok(again) = Config::parse(&json).and_then(|config| config.header()) else {
         // Only of a header that is no valid file's.
-        assert!(!recovered.lost.is_empty() || !check_model_header(header).is_empty(), "{header:?} gives {recovered:?}");
+        assert!(
+            !recovered.lost.is_empty() || !check_model_header(header).is_empty(),
+            "{header:?} gives {recovered:?}"
+        );
         return;
     };
-    for (name, old, new) in fields(header).zip(fields(&again)).map(|((name, old), (_, new))| (name, old, new)) {
-        assert_eq!(old != new, recovered.lost.contains(&name), "{name} is {old:#x} and {new:#x} in {recovered:?}");
+    for (name, old, new) in fields(header).zip(fields(&again)).map(|((name, old), (_, new))| (name, old, new))
+    {
+        assert_eq!(
+            old != new,
+            recovered.lost.contains(&name),
+            "{name} is {old:#x} and {new:#x} in {recovered:?}"
+        );
     }
 }
 

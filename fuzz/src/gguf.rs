@@ -7,10 +7,10 @@ use std::sync::LazyLock;
 
 use arbitrary::Arbitrary;
 use binrw::{BinRead, BinWrite};
+use formats::Error;
 use formats::canonical::Source;
 use formats::gguf::container::{Array, Container, Description, Entry, Flag, GgmlType, Text, Value};
 use formats::gguf::{self as codec, Model};
-use formats::Error;
 
 use crate::tiny::Tiny;
 use crate::trickle::Trickle;
@@ -97,11 +97,18 @@ fn check(bytes: &[u8]) {
     if let Ok(description) = Description::read(&mut reader) {
         let mut written = Cursor::new(Vec::new());
         description.write(&mut written).expect("a description that was read");
-        assert!(written.into_inner() == bytes[..reader.position() as usize], "the description is written otherwise");
+        assert!(
+            written.into_inner() == bytes[..reader.position() as usize],
+            "the description is written otherwise"
+        );
     }
     if let Ok(container) = &container {
         for (name, tensor) in container.tensors() {
-            assert!(tensor.range.start <= tensor.range.end && tensor.range.end <= len, "{name}: {:?}", tensor.range);
+            assert!(
+                tensor.range.start <= tensor.range.end && tensor.range.end <= len,
+                "{name}: {:?}",
+                tensor.range
+            );
         }
     }
     match bounded(bytes.len(), || Model::from_bytes(Path::new("fuzzed.gguf"), bytes.to_vec())) {
@@ -223,7 +230,9 @@ impl Replacement {
             Replacement::Text(text) => Value::String(Text(text.clone())),
             Replacement::Bytes(bytes) => Value::Array(Array::U8(bytes.clone())),
             Replacement::Words(words) => Value::Array(Array::I32(words.clone())),
-            Replacement::Texts(texts) => Value::Array(Array::String(texts.iter().cloned().map(Text).collect())),
+            Replacement::Texts(texts) => {
+                Value::Array(Array::String(texts.iter().cloned().map(Text).collect()))
+            }
             Replacement::Nested(depth, bytes) => {
                 let innermost = Array::U8(bytes.clone());
                 Value::Array((0..depth % 8).fold(innermost, |array, _| Array::Array(vec![array])))

@@ -10,6 +10,7 @@ use formats::model_bin::model::Bytes;
 use formats::model_bin::verify::{read_violation, verify};
 use formats::model_bin::{Depth, Verified};
 
+use crate::parts::Parts;
 use crate::trickle::Trickle;
 use crate::{edits, scratch};
 
@@ -29,16 +30,20 @@ pub fn granularity(data: &[u8]) {
         assert_eq!(read(BufReader::with_capacity(most.into(), open()), len), slice, "a buffered file");
 
         let report = verify(&bytes, Depth::Full, &());
-        assert!(report.file.is_none() || report.file.as_ref() == slice.as_ref().ok());
+        assert!(report.file.is_none() || report.file.clone().map(Parts::from) == slice.ok());
         let mapped = Bytes::map(&path).expect("the file, mapped");
         assert_eq!(verify(&mapped, Depth::Full, &()).violations, report.violations);
         match Verified::open(&path, Depth::Full, &()) {
-            Ok(verified) => assert_eq!((verified.bytes(), verified.notes()), (&bytes[..], &report.violations[..])),
+            Ok(verified) => {
+                assert_eq!((verified.bytes(), verified.notes()), (&bytes[..], &report.violations[..]))
+            }
             Err(error) => assert_eq!(error.violations(), report.violations),
         }
     }
 }
 
-fn read(mut reader: impl Read + Seek, len: u64) -> Result<File, Violation> {
-    File::read_args(&mut reader, binrw::args! { len }).map_err(|error| read_violation(error, len))
+fn read(mut reader: impl Read + Seek, len: u64) -> Result<Parts, Violation> {
+    File::read_args(&mut reader, binrw::args! { len })
+        .map(Parts::from)
+        .map_err(|error| read_violation(error, len))
 }

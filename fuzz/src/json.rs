@@ -23,9 +23,34 @@ pub(crate) enum Literal {
 }
 
 const KNOWN: [&str; 28] = [
-    "null", "true", "false", "[]", "{}", "0", "-0", "1", "4", "32", "64", "0.5", "1.7", "1e-5", "1e400", "-1e400",
-    "1e-400", "4294967295", "4294967296", "18446744073709551616", "NaN", "1.0", "4.0", "\"yarn\"", "\"silu\"",
-    "[\"sliding_attention\"]", "[\"sliding_attention\",\"full_attention\"]", "\"\\ud800\"",
+    "null",
+    "true",
+    "false",
+    "[]",
+    "{}",
+    "0",
+    "-0",
+    "1",
+    "4",
+    "32",
+    "64",
+    "0.5",
+    "1.7",
+    "1e-5",
+    "1e400",
+    "-1e400",
+    "1e-400",
+    "4294967295",
+    "4294967296",
+    "18446744073709551616",
+    "NaN",
+    "1.0",
+    "4.0",
+    "\"yarn\"",
+    "\"silu\"",
+    "[\"sliding_attention\"]",
+    "[\"sliding_attention\",\"full_attention\"]",
+    "\"\\ud800\"",
 ];
 
 impl Literal {
@@ -73,7 +98,9 @@ impl Object {
         let mut nested: BTreeMap<&str, Vec<String>> = BTreeMap::new();
         for (key, value) in &self.0 {
             match key.split_once('.') {
-                Some((object, key)) => nested.entry(object).or_default().push(format!("{}:{value}", quoted(key))),
+                Some((object, key)) => {
+                    nested.entry(object).or_default().push(format!("{}:{value}", quoted(key)))
+                }
                 None => root.push(format!("{}:{value}", quoted(key))),
             }
         }

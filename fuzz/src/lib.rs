@@ -16,6 +16,7 @@ mod gguf;
 mod granularity;
 mod json;
 mod mxfp4;
+mod parts;
 mod reader;
 mod roundtrip;
 mod scratch;

@@ -1,7 +1,9 @@
 //! Target `mxfp4`.
 
 use arbitrary::Arbitrary;
-use formats::mxfp4::{self, BLOCK, BLOCK_BYTES, CODES, MAX_SCALE, checkpoint_scale, quantize_row, stored_scale, value};
+use formats::mxfp4::{
+    self, BLOCK, BLOCK_BYTES, CODES, MAX_SCALE, checkpoint_scale, quantize_row, stored_scale, value,
+};
 
 #[derive(Arbitrary, Debug)]
 struct Input {
@@ -74,7 +76,10 @@ fn quantize(values: &[f32]) {
         for other in 0..=MAX_SCALE {
             let error: f64 = values.iter().map(|&value| nearest(value, other)).sum();
             // Sums of squares may differ by their rounding.
-            assert!(chosen <= error * (1.0 + 1e-12), "scale {scale} has {chosen}, {other} has {error}: {values:?}");
+            assert!(
+                chosen <= error * (1.0 + 1e-12),
+                "scale {scale} has {chosen}, {other} has {error}: {values:?}"
+            );
         }
     }
 }

@@ -53,7 +53,12 @@ fn check_file(file: &File, map: &SectionMap, len: u64) {
         assert!(tensor.range.start.is_multiple_of(tensor.align), "{} is not aligned", tensor.id);
         assert!(tensor.range.start - position < tensor.align, "too much padding before {}", tensor.id);
         let bytes: u64 = tensor.shape.iter().product::<u64>() * tensor.id.tensor.kind.dtype().size();
-        assert_eq!(tensor.range.end - tensor.range.start, bytes, "{} has another size than its shape", tensor.id);
+        assert_eq!(
+            tensor.range.end - tensor.range.start,
+            bytes,
+            "{} has another size than its shape",
+            tensor.id
+        );
         assert_eq!(file.weights.piece(tensor.id), Some(tensor));
         position = tensor.range.end;
     }
@@ -67,5 +72,9 @@ fn check_error(error: &binrw::Error, len: u64) {
     assert_eq!(violation.rule.level(), Level::Structure);
     assert!(violation.range.start < violation.range.end, "{violation} names no byte");
     // What is missing lies behind the end; anything else can be looked at.
-    assert_eq!(violation.rule == Rule::Truncated, violation.range.end > len, "{violation} in a file of {len} bytes");
+    assert_eq!(
+        violation.rule == Rule::Truncated,
+        violation.range.end > len,
+        "{violation} in a file of {len} bytes"
+    );
 }

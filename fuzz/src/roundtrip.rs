@@ -8,13 +8,15 @@ use binrw::{BinRead, BinWrite};
 use formats::model_bin::layout::{BlobId, File, Payload, PieceId};
 use formats::model_bin::{Depth, Verified};
 
+use crate::parts::Parts;
 use crate::{bounded, edits, tiny};
 
 /// What the description reads it writes again, byte for byte but for trailing bytes and for paddings, which it writes
 /// as zeros. A valid file is also what the exporter makes of the model in it, unless values of Q or K are ambiguous.
 pub fn roundtrip(data: &[u8]) {
     for bytes in edits::files(data) {
-        let read = |bytes: &[u8]| File::read_args(&mut Cursor::new(bytes), binrw::args! { len: bytes.len() as u64 });
+        let read =
+            |bytes: &[u8]| File::read_args(&mut Cursor::new(bytes), binrw::args! { len: bytes.len() as u64 });
         let Ok(file) = read(&bytes) else { continue };
         let mut written = Cursor::new(Vec::new());
         bounded(bytes.len(), || file.write_le_args(&mut written, &Original { bytes: &bytes, file: &file }))
@@ -30,9 +32,10 @@ pub fn roundtrip(data: &[u8]) {
         }
         assert_eq!(written.len(), expected.len());
         let again = read(&written).expect("a file that was written");
-        assert_eq!(again.prefix, file.prefix);
-        assert_eq!(again.weights.end(), file.weights.end());
         assert!(again.weights.tensors().all(|tensor| tensor.padding.nonzero.is_none()));
+        if expected == bytes {
+            assert_eq!(Parts::from(again), Parts::from(file));
+        }
 
         if let Ok(verified) = Verified::from_bytes(Path::new("fuzzed.bin"), bytes, Depth::Full)
             && verified.ambiguous_qkv().is_empty()

@@ -3,13 +3,13 @@
 use std::io::Cursor;
 use std::ops::Range;
 
+use formats::Result;
 use formats::canonical::Source;
 use formats::model_bin::header::{ModelHeader, Uuid};
 use formats::model_bin::tensors::{Dims, Dtype, TensorId};
 use formats::model_bin::write::write_to;
 use formats::progress::Progress;
 use formats::vocabulary::{SPECIAL_TOKENS, Vocabulary};
-use formats::Result;
 
 /// Splits into words with a leading blank, runs of digits, and whatever else there is.
 const REGEX: &str = r" ?\p{L}+|\p{N}{1,3}|\s+(?!\S)|[^\p{L}\p{N}]";
@@ -56,7 +56,11 @@ pub(crate) fn vocabulary() -> Vocabulary {
     let longer = ["th", "the", " t", " the"].map(|token| token.as_bytes().to_vec());
     let uuid = |id: u32| SPECIAL_TOKENS.iter().find(|token| token.id == id).map(|token| token.uuid);
     Vocabulary {
-        special_uuids: [uuid(200_006), uuid(200_007), uuid(200_008)].into_iter().flatten().chain([Uuid::default()]).collect(),
+        special_uuids: [uuid(200_006), uuid(200_007), uuid(200_008)]
+            .into_iter()
+            .flatten()
+            .chain([Uuid::default()])
+            .collect(),
         regex: REGEX.into(),
         records: records(bytes.chain(longer)),
         num_text_tokens: 260,

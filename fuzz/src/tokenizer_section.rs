@@ -14,8 +14,8 @@ use formats::model_bin::{Depth, Verified};
 use formats::tokenizer::{EncodeError, Tokenizer};
 use formats::vocabulary::{SPECIAL_TOKENS, Vocabulary};
 
-use crate::tiny::{Tiny, records};
 use crate::bounded;
+use crate::tiny::{Tiny, records};
 
 /// Tokens up to which a file gets its weights; embedding and unembedding take 128 bytes for each.
 const MAX_TOKENS: u64 = 1024;
@@ -57,8 +57,38 @@ enum Tokens {
 
 /// Pieces of patterns, of which some are expensive together.
 const PARTS: [&str; 32] = [
-    "(?:", "(", ")", "*", "+", "?", "|", "[", "]", "a", "b", "\\p{L}", "\\p{N}{1,3}", "\\s+(?!\\S)", "\\s", ".", "{9}",
-    "{1,99}", "(?=", "(?!", "(?<=", "(?>", "^", "$", "\\1", "\\b", "(?i)", "++", "[^\\r\\n]", "*?", "\\K", "\\G",
+    "(?:",
+    "(",
+    ")",
+    "*",
+    "+",
+    "?",
+    "|",
+    "[",
+    "]",
+    "a",
+    "b",
+    "\\p{L}",
+    "\\p{N}{1,3}",
+    "\\s+(?!\\S)",
+    "\\s",
+    ".",
+    "{9}",
+    "{1,99}",
+    "(?=",
+    "(?!",
+    "(?<=",
+    "(?>",
+    "^",
+    "$",
+    "\\1",
+    "\\b",
+    "(?i)",
+    "++",
+    "[^\\r\\n]",
+    "*?",
+    "\\K",
+    "\\G",
 ];
 
 /// Whatever the section holds, the verdict is bounded in memory. A section that verifies makes a tokenizer unless its
@@ -83,7 +113,10 @@ pub fn tokenizer_section(data: &[u8]) {
         assert_eq!(tokenizer.token(id), token.ok());
     }
     let error = check_text(&tokenizer, &section.text);
-    assert!(!matches!(error, Some(EncodeError::MissingByte { .. })), "{error:?}, of a vocabulary with all bytes");
+    assert!(
+        !matches!(error, Some(EncodeError::MissingByte { .. })),
+        "{error:?}, of a vocabulary with all bytes"
+    );
     if vocabulary.regex == WHOLE && !section.text.is_empty() && section.text.len() <= 256 {
         assert_eq!(tokenizer.encode(&section.text), Ok(merged(section.text.as_bytes(), &vocabulary)));
     }
@@ -167,7 +200,9 @@ impl Pattern {
     fn bytes(&self) -> Vec<u8> {
         match self {
             Pattern::Whole => WHOLE.into(),
-            Pattern::Parts(parts) => parts.iter().flat_map(|&part| PARTS[usize::from(part) % 32].bytes()).collect(),
+            Pattern::Parts(parts) => {
+                parts.iter().flat_map(|&part| PARTS[usize::from(part) % 32].bytes()).collect()
+            }
             Pattern::Bytes(bytes) => bytes.clone(),
         }
     }

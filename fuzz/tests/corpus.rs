@@ -7,13 +7,21 @@ use std::sync::Mutex;
 /// The targets measure what the process holds, so they run one after the other.
 static ALONE: Mutex<()> = Mutex::new(());
 
+/// The targets for which a `model.bin` is an input as it stands.
+const READ_MODEL_BIN: [&str; 4] = ["reader", "verify", "roundtrip", "granularity"];
+
 fn run(target: &str) {
-    let (_, body) = fuzz::TARGETS.into_iter().find(|(name, _)| *name == target).expect("a target of that name");
+    let (_, body) =
+        fuzz::TARGETS.into_iter().find(|(name, _)| *name == target).expect("a target of that name");
     let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     body(&[]);
     let mut inputs = 0;
-    for folder in ["corpus", "regressions"] {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder).join(target);
+    let mut folders = ["corpus", "regressions"].map(|folder| format!("{folder}/{target}")).to_vec();
+    if READ_MODEL_BIN.contains(&target) {
+        folders.push("../fixtures/model-bin".into());
+    }
+    for folder in folders {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
         let Ok(entries) = fs::read_dir(&folder) else { continue };
         for entry in entries {
             let path = entry.expect("an entry of the folder").path();

@@ -22,7 +22,12 @@ const TABLE: [(&str, [Wanted; 4]); 15] = {
         ("num_experts", [Some(&[NumExperts]), Some(&[NumExperts]), HUGE, HUGE]),
         (
             "num_active_experts",
-            [Some(&[NumActiveExperts]), Some(&[NumActiveExperts]), Some(&[NumActiveExperts]), Some(&[NumActiveExperts])],
+            [
+                Some(&[NumActiveExperts]),
+                Some(&[NumActiveExperts]),
+                Some(&[NumActiveExperts]),
+                Some(&[NumActiveExperts]),
+            ],
         ),
         ("embedding_dim", [Some(&[EmbeddingDim]), Some(&[EmbeddingDim]), HUGE, Some(&[EmbeddingDim])]),
         ("mlp_dim", [Some(&[MlpDim]), Some(&[MlpDim]), HUGE, Some(&[MlpDim])]),
@@ -65,7 +70,11 @@ fn every_u32_at_its_extremes() {
             match wanted {
                 None => assert!(report.is_valid(), "{} = {value}: {:?}", field.name, report.violations),
                 Some(rules) => {
-                    assert!(rules.iter().any(|rule| found.contains(rule)), "{} = {value}: {found:?}", field.name);
+                    assert!(
+                        rules.iter().any(|rule| found.contains(rule)),
+                        "{} = {value}: {found:?}",
+                        field.name
+                    );
                     assert!(!report.is_valid());
                 }
             }

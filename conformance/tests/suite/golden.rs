@@ -11,9 +11,12 @@ use super::{fixture, open};
 #[test]
 fn every_layout_of_a_checkpoint_exports_to_the_golden_file() {
     let folder = tempfile::tempdir().unwrap();
-    for (checkpoint, golden) in
-        [("original", "ordinary"), ("original-3-shards", "ordinary"), ("hf", "ordinary"), ("extreme", "extreme")]
-    {
+    for (checkpoint, golden) in [
+        ("original", "ordinary"),
+        ("original-3-shards", "ordinary"),
+        ("hf", "ordinary"),
+        ("extreme", "extreme"),
+    ] {
         let target = folder.path().join("model.bin");
         let source = open(&fixture(&format!("checkpoints/{checkpoint}")), false).unwrap();
         write::write(&source, &target, &()).unwrap();
@@ -45,15 +48,19 @@ fn bf16_experts_export_when_asked_and_keep_every_other_tensor() {
     // The BF16 experts of this fixture are the dequantised MXFP4 of the others: values are equal, codes may not be.
     let original = open(&fixture("checkpoints/original"), false).unwrap();
     let differing = compare::models(&model, &original, &()).unwrap();
-    let outside: Vec<_> = differing.iter().filter(|difference| !difference.field.contains("_weight.")).collect();
+    let outside: Vec<_> =
+        differing.iter().filter(|difference| !difference.field.contains("_weight.")).collect();
     assert!(outside.is_empty(), "{outside:?}");
 }
 
 #[test]
 fn digests_are_the_same_in_every_container() {
     let folder = tempfile::tempdir().unwrap();
-    for (name, checkpoints) in [("ordinary", &["original", "original-3-shards", "hf"][..]), ("extreme", &["extreme"])] {
-        let model = Verified::open(&fixture(&format!("model-bin/{name}.bin")), Depth::Structure, &()).unwrap();
+    for (name, checkpoints) in
+        [("ordinary", &["original", "original-3-shards", "hf"][..]), ("extreme", &["extreme"])]
+    {
+        let model =
+            Verified::open(&fixture(&format!("model-bin/{name}.bin")), Depth::Structure, &()).unwrap();
         let wanted = digest(&model, &()).unwrap();
         for checkpoint in checkpoints {
             let source = open(&fixture(&format!("checkpoints/{checkpoint}")), false).unwrap();

@@ -36,8 +36,10 @@ fn violations(case: &Case) -> Vec<Violation> {
             let error = open(folder.path(), false)
                 .and_then(|source| write::write(&source, &target, &()))
                 .expect_err(&case.name);
-            let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-            let left = left.iter().map(|name| name.to_string_lossy()).filter(|name| !name.ends_with(".safetensors"));
+            let left: Vec<_> =
+                std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            let left =
+                left.iter().map(|name| name.to_string_lossy()).filter(|name| !name.ends_with(".safetensors"));
             let strange: Vec<_> = left.filter(|name| !name.ends_with(".json")).collect();
             assert!(strange.is_empty(), "{}: left {strange:?} behind", case.name);
             error.violations().to_vec()
@@ -52,7 +54,9 @@ fn every_case_is_rejected_for_its_rule_at_its_bytes() {
         let names = |violation: &&Violation| {
             violation.rule == case.rule
                 && match case.input {
-                    Input::Checkpoint(_) => violation.field.contains(&case.field) || violation.section.contains(&case.field),
+                    Input::Checkpoint(_) => {
+                        violation.field.contains(&case.field) || violation.section.contains(&case.field)
+                    }
                     _ => violation.range == case.range && violation.field == case.field,
                 }
         };
@@ -84,7 +88,8 @@ fn a_case_breaks_nothing_but_what_its_change_touches() {
     let derived = [Rule::O200k];
     for case in cases::all() {
         let Input::File(_) = case.input else { continue };
-        let single = matches!(case.rule.level(), Level::Value) || matches!(case.rule, Rule::PaddingPage | Rule::PaddingTensor);
+        let single = matches!(case.rule.level(), Level::Value)
+            || matches!(case.rule, Rule::PaddingPage | Rule::PaddingTensor);
         if !single && !case.rule.id().starts_with("FILE-M") {
             continue;
         }
@@ -102,7 +107,9 @@ fn diagnostics_read_well() {
     for case in cases::all() {
         writeln!(text, "{}: {}", case.name, case.rationale).unwrap();
         // The base file's vocabulary is noted in every report of a file.
-        for violation in violations(&case).iter().filter(|found| found.rule != Rule::O200k || found.rule == case.rule) {
+        for violation in
+            violations(&case).iter().filter(|found| found.rule != Rule::O200k || found.rule == case.rule)
+        {
             writeln!(text, "  {violation}").unwrap();
         }
     }

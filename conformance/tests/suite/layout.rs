@@ -19,13 +19,18 @@ fn assert_as_oracle(bytes: &[u8], tensors: &[&Tensor], len: u64) {
         let name = tensor.id.to_string();
         assert_eq!(Some(&tensor.range), oracle.tensors.get(&name), "{name}");
         let padding = oracle.paddings.get(&name).cloned();
-        assert_eq!((!tensor.padding.range.is_empty()).then_some(tensor.padding.range.clone()), padding, "{name}");
+        assert_eq!(
+            (!tensor.padding.range.is_empty()).then_some(tensor.padding.range.clone()),
+            padding,
+            "{name}"
+        );
     }
 }
 
 #[test]
 fn the_base_file_lies_as_the_oracle_says() {
-    let file = File::read_args(&mut std::io::Cursor::new(BASE), binrw::args! { len: BASE.len() as u64 }).unwrap();
+    let file =
+        File::read_args(&mut std::io::Cursor::new(BASE), binrw::args! { len: BASE.len() as u64 }).unwrap();
     assert_as_oracle(BASE, &file.weights.tensors().collect::<Vec<_>>(), BASE.len() as u64);
 }
 
@@ -44,7 +49,8 @@ fn established_offsets_of_a_genuine_file() {
     let file = plan(&Synthetic::new(header, Vocabulary::o200k().clone(), 0).unwrap()).unwrap();
     let starts: Vec<u64> = file.weights.tensors().map(|tensor| tensor.range.start).collect();
     let dense = [
-        1802240, 27404032, 27404160, 27436928, 27437440, 27437456, 27453840, 27453968, 27454096, 27454608, 27454624,
+        1802240, 27404032, 27404160, 27436928, 27437440, 27437456, 27453840, 27453968, 27454096, 27454608,
+        27454624,
     ];
     assert_eq!(starts[..dense.len()], dense);
     assert_eq!(file.weights.norm.range.start, 27505216);
@@ -143,7 +149,9 @@ fn section_map_of_the_base_file() {
     let lines: Vec<String> = map
         .spans
         .iter()
-        .map(|span| format!("{:>7}..{:<7} {} | {}", span.range.start, span.range.end, span.section, span.name))
+        .map(|span| {
+            format!("{:>7}..{:<7} {} | {}", span.range.start, span.range.end, span.section, span.name)
+        })
         .collect();
     insta::assert_snapshot!(lines.join("\n"));
 }

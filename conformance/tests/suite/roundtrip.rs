@@ -50,16 +50,21 @@ fn unpacked_tensors_are_the_checkpoints_where_the_transform_is_invertible() {
                     Part::Key => 0.25,
                     Part::Value => 1.0,
                 };
-                let scaled = |bits: u16| half::bf16::from_f32(half::bf16::from_bits(bits).to_f32() * factor).to_bits();
+                let scaled =
+                    |bits: u16| half::bf16::from_f32(half::bf16::from_bits(bits).to_f32() * factor).to_bits();
                 assert_eq!(scaled(found), scaled(wanted), "{name}: {id} element {element}");
                 let rivals = [wanted.wrapping_sub(1), wanted.wrapping_add(1)];
-                let rival = rivals.iter().any(|&rival| (rival ^ wanted) < 0x8000 && scaled(rival) == scaled(wanted));
+                let rival =
+                    rivals.iter().any(|&rival| (rival ^ wanted) < 0x8000 && scaled(rival) == scaled(wanted));
                 not_invertible += u64::from(rival);
                 if found != wanted {
                     assert!(rival, "{name}: {id} element {element}: {wanted:#06x} came back as {found:#06x}");
                 }
             }
-            assert!(ambiguous.contains(&(id, not_invertible)), "{name}: {id}: {not_invertible} of {ambiguous:?}");
+            assert!(
+                ambiguous.contains(&(id, not_invertible)),
+                "{name}: {id}: {not_invertible} of {ambiguous:?}"
+            );
         }
     }
 }

@@ -56,7 +56,8 @@ fn every_must_has_a_rule() {
     let prose = prose();
     let mut block = String::new();
     for line in prose.lines().chain([""]) {
-        let starts_item = line.trim_start().starts_with(['-', '|']) || line.trim().is_empty() || line.starts_with('#');
+        let starts_item =
+            line.trim_start().starts_with(['-', '|']) || line.trim().is_empty() || line.starts_with('#');
         if starts_item {
             let words = block.split(|c: char| !c.is_ascii_uppercase());
             let musts = words.filter(|word| *word == "MUST" || *word == "SHOULD").count();

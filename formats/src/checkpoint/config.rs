@@ -73,11 +73,7 @@ impl Config {
             Ok(root) => root,
             Err(error) => return (None, vec![unreadable(json, &error)]),
         };
-        let mut reader = Reader {
-            hugging_face: is_hugging_face(&root),
-            root: &root,
-            violations: Vec::new(),
-        };
+        let mut reader = Reader { hugging_face: is_hugging_face(&root), root: &root, violations: Vec::new() };
         let config = reader.config();
         (config, reader.violations)
     }
@@ -101,27 +97,15 @@ impl Config {
         };
         let (context, factor) = (&self.initial_context_length, &self.rope_scaling_factor);
         let positive = |value: f32| value.is_finite() && value > 0.0;
-        check(
-            positive(header.swiglu_limit),
-            &self.swiglu_limit,
-            "a positive number within f32",
-        );
+        check(positive(header.swiglu_limit), &self.swiglu_limit, "a positive number within f32");
         let theta = header.rope_theta;
-        check(
-            theta.is_finite() && theta > 1.0,
-            &self.rope_theta,
-            "a number above 1 within f32",
-        );
+        check(theta.is_finite() && theta > 1.0, &self.rope_theta, "a number above 1 within f32");
         check(
             positive(header.interpolation_scale),
             factor,
             "a factor whose reciprocal is positive within f32",
         );
-        check(
-            positive(header.yarn_multiplier),
-            factor,
-            "a factor for which 0.1·ln(factor) + 1 is positive",
-        );
+        check(positive(header.yarn_multiplier), factor, "a factor for which 0.1·ln(factor) + 1 is positive");
         let (alpha, beta) = (&self.rope_ntk_alpha, &self.rope_ntk_beta);
         if positive(header.rope_theta - 1.0) {
             let needed = format!("a number below {} = {}", beta.key, beta.number);
@@ -139,11 +123,7 @@ impl Config {
             let needed = "a product from 1 to 4294967295".into();
             violations.push(broken(Rule::SourceConfig, context.key, found, needed));
         }
-        if violations.is_empty() {
-            Ok(header)
-        } else {
-            Err(violations)
-        }
+        if violations.is_empty() { Ok(header) } else { Err(violations) }
     }
 
     /// `initial_context_length × rope_scaling_factor`, as Python multiplies: integers exactly, otherwise in binary64.
@@ -199,10 +179,7 @@ impl Yarn {
     fn new(context: f64, theta: f64, alpha: f64, beta: f64) -> Yarn {
         let index = |turns: f64| f64::from(HEAD_DIM) / 2.0 * (context / (turns * 2.0 * PI)).ln() / theta.ln();
         let (low, high) = (index(beta), index(alpha));
-        Yarn {
-            offset: (-low / (high - low)) as f32,
-            scale: (1.0 / (high - low)) as f32,
-        }
+        Yarn { offset: (-low / (high - low)) as f32, scale: (1.0 / (high - low)) as f32 }
     }
 }
 
@@ -215,14 +192,7 @@ fn yarn_multiplier(factor: f64) -> f32 {
 }
 
 fn broken(rule: Rule, key: &str, found: String, needed: String) -> Violation {
-    Violation {
-        rule,
-        section: FILE.into(),
-        field: key.into(),
-        range: 0..0,
-        found,
-        needed,
-    }
+    Violation { rule, section: FILE.into(), field: key.into(), range: 0..0, found, needed }
 }
 
 /// The first characters of a text from an input, for a message.
@@ -236,14 +206,11 @@ pub(super) fn excerpt(text: &str) -> String {
 /// Text that is no JSON object, such as one with Python's `NaN`. Names the last key before the error where it can.
 fn unreadable(json: &[u8], error: &serde_json::Error) -> Violation {
     let before: Vec<&[u8]> = json.split(|&byte| byte == b'\n').take(error.line()).collect();
-    let (last, lines) = before
-        .split_last()
-        .map_or((&[][..], &[][..]), |(last, lines)| (*last, lines));
+    let (last, lines) = before.split_last().map_or((&[][..], &[][..]), |(last, lines)| (*last, lines));
     let end = lines.iter().map(|line| line.len() + 1).sum::<usize>() + error.column().min(last.len());
     let before = String::from_utf8_lossy(json.get(..end).unwrap_or_default());
-    let key = before
-        .rsplit_once(':')
-        .and_then(|(head, _)| head.trim_end().strip_suffix('"')?.rsplit('"').next());
+    let key =
+        before.rsplit_once(':').and_then(|(head, _)| head.trim_end().strip_suffix('"')?.rsplit('"').next());
     let field = key.map_or_else(|| FILE.into(), excerpt);
     broken(
         Rule::SourceConfig,
@@ -254,14 +221,9 @@ fn unreadable(json: &[u8], error: &serde_json::Error) -> Violation {
 }
 
 fn is_hugging_face(root: &Map<String, Value>) -> bool {
-    [
-        "num_local_experts",
-        "rope_scaling",
-        "rope_parameters",
-        "model_type",
-    ]
-    .iter()
-    .any(|key| root.contains_key(*key))
+    ["num_local_experts", "rope_scaling", "rope_parameters", "model_type"]
+        .iter()
+        .any(|key| root.contains_key(*key))
 }
 
 /// Takes keys from a config and collects what is wrong with them.
@@ -298,13 +260,7 @@ impl<'a> Reader<'a> {
             );
         }
         if let Some((key, size)) = num_experts {
-            self.check(
-                Rule::SourceExperts,
-                key,
-                size,
-                size >= NUM_ACTIVE_EXPERTS,
-                "at least 4",
-            );
+            self.check(Rule::SourceExperts, key, size, size >= NUM_ACTIVE_EXPERTS, "at least 4");
         }
         if let Some((key, size)) = head_dim {
             self.check(Rule::SourceConfig, key, size, size == HEAD_DIM, "64");
@@ -329,23 +285,13 @@ impl<'a> Reader<'a> {
             if keys.iter().any(|key| self.root.contains_key(*key))
                 && let Some((key, size)) = self.size(keys)
             {
-                self.check(
-                    Rule::SourceActiveExperts,
-                    key,
-                    size,
-                    size == NUM_ACTIVE_EXPERTS,
-                    "4",
-                );
+                self.check(Rule::SourceActiveExperts, key, size, size == NUM_ACTIVE_EXPERTS, "4");
             }
         }
 
         let swiglu_limit = self.number(&["swiglu_limit"], Some(7.0), 7.0);
         let rope_theta = self.number(
-            &[
-                "rope_theta",
-                "rope_scaling.rope_theta",
-                "rope_parameters.rope_theta",
-            ],
+            &["rope_theta", "rope_scaling.rope_theta", "rope_parameters.rope_theta"],
             None,
             150_000.0,
         );
@@ -359,30 +305,18 @@ impl<'a> Reader<'a> {
             4096.0,
         );
         let rope_scaling_factor = self.number(
-            &[
-                "rope_scaling_factor",
-                "rope_scaling.factor",
-                "rope_parameters.factor",
-            ],
+            &["rope_scaling_factor", "rope_scaling.factor", "rope_parameters.factor"],
             None,
             32.0,
         );
         // transformers has these defaults for YaRN; the original config must have the keys.
         let rope_ntk_alpha = self.number(
-            &[
-                "rope_ntk_alpha",
-                "rope_scaling.beta_slow",
-                "rope_parameters.beta_slow",
-            ],
+            &["rope_ntk_alpha", "rope_scaling.beta_slow", "rope_parameters.beta_slow"],
             self.hugging_face.then_some(1.0),
             1.0,
         );
         let rope_ntk_beta = self.number(
-            &[
-                "rope_ntk_beta",
-                "rope_scaling.beta_fast",
-                "rope_parameters.beta_fast",
-            ],
+            &["rope_ntk_beta", "rope_scaling.beta_fast", "rope_parameters.beta_fast"],
             self.hugging_face.then_some(32.0),
             32.0,
         );
@@ -412,88 +346,38 @@ impl<'a> Reader<'a> {
     /// Keys that the header has no field for: their values must be those that the format implies.
     fn constants(&mut self, layers: Option<u32>) {
         let constants = [
-            (
-                "attention_bias",
-                Value::Bool(true),
-                "true: the format has a bias behind each projection",
-            ),
-            (
-                "tie_word_embeddings",
-                Value::Bool(false),
-                "false: the format has both embeddings",
-            ),
-            (
-                "hidden_act",
-                "silu".into(),
-                "\"silu\", the activation that the runtime has",
-            ),
-            (
-                "rms_norm_eps",
-                RMSNORM_EPSILON.into(),
-                "1e-5, the constant that the exporter writes",
-            ),
-            (
-                "rope_type",
-                "yarn".into(),
-                "\"yarn\", the scaling that the header describes",
-            ),
-            (
-                "truncate",
-                Value::Bool(false),
-                "false: the runtime does not round YaRN's ramp",
-            ),
-            (
-                "attention_factor",
-                Value::Null,
-                "no value: the header's multiplier is 0.1·ln(factor) + 1",
-            ),
-            (
-                "mscale",
-                Value::Null,
-                "no value: the header's multiplier is 0.1·ln(factor) + 1",
-            ),
+            ("attention_bias", Value::Bool(true), "true: the format has a bias behind each projection"),
+            ("tie_word_embeddings", Value::Bool(false), "false: the format has both embeddings"),
+            ("hidden_act", "silu".into(), "\"silu\", the activation that the runtime has"),
+            ("rms_norm_eps", RMSNORM_EPSILON.into(), "1e-5, the constant that the exporter writes"),
+            ("rope_type", "yarn".into(), "\"yarn\", the scaling that the header describes"),
+            ("truncate", Value::Bool(false), "false: the runtime does not round YaRN's ramp"),
+            ("attention_factor", Value::Null, "no value: the header's multiplier is 0.1·ln(factor) + 1"),
+            ("mscale", Value::Null, "no value: the header's multiplier is 0.1·ln(factor) + 1"),
         ];
-        let scaling = |key| {
-            self.root
-                .get(key)
-                .and_then(Value::as_object)
-                .map(|object| (Some(key), object))
-        };
-        let objects = [
-            Some((None, self.root)),
-            scaling("rope_scaling"),
-            scaling("rope_parameters"),
-        ];
+        let scaling = |key| self.root.get(key).and_then(Value::as_object).map(|object| (Some(key), object));
+        let objects = [Some((None, self.root)), scaling("rope_scaling"), scaling("rope_parameters")];
         for (prefix, object) in objects.into_iter().flatten() {
             for (key, allowed, needed) in &constants {
                 if let Some(value) = object.get(*key)
                     && value != allowed
                 {
                     let key = prefix.map_or_else(|| (*key).into(), |prefix| format!("{prefix}.{key}"));
-                    self.violations
-                        .push(broken(Rule::SourceConfig, &key, shown(value), (*needed).into()));
+                    self.violations.push(broken(Rule::SourceConfig, &key, shown(value), (*needed).into()));
                 }
             }
         }
         if let Some(value) = self.root.get("layer_types") {
             let expected = |index: usize| {
-                if index.is_multiple_of(2) {
-                    "sliding_attention"
-                } else {
-                    "full_attention"
-                }
+                if index.is_multiple_of(2) { "sliding_attention" } else { "full_attention" }
             };
             let alternates = value.as_array().is_some_and(|types| {
                 layers.is_none_or(|layers| types.len() as u64 == u64::from(layers))
-                    && types
-                        .iter()
-                        .enumerate()
-                        .all(|(index, kind)| kind.as_str() == Some(expected(index)))
+                    && types.iter().enumerate().all(|(index, kind)| kind.as_str() == Some(expected(index)))
             });
             if !alternates {
                 let needed = "sliding_attention and full_attention in turn, one for each hidden layer".into();
-                self.violations
-                    .push(broken(Rule::SourceConfig, "layer_types", shown(value), needed));
+                self.violations.push(broken(Rule::SourceConfig, "layer_types", shown(value), needed));
             }
         }
     }
@@ -507,40 +391,24 @@ impl<'a> Reader<'a> {
 
     /// The first place that has a value, and its value; a violation where another place disagrees.
     fn find(&mut self, keys: Keys) -> Option<(&'static str, &'a Value)> {
-        let mut present = keys
-            .iter()
-            .filter_map(|key| self.at(key).map(|value| (*key, value)));
+        let mut present = keys.iter().filter_map(|key| self.at(key).map(|value| (*key, value)));
         let first @ (first_key, value) = present.next()?;
         let other = present
             .find(|(_, other)| *other != value && (other.as_f64() != value.as_f64() || !value.is_number()));
         if let Some((key, other)) = other {
             let needed = format!("{}, which {first_key} has", shown(value));
-            self.violations
-                .push(broken(Rule::SourceConfig, key, shown(other), needed));
+            self.violations.push(broken(Rule::SourceConfig, key, shown(other), needed));
         }
         Some(first)
     }
 
     /// What a missing value's key would be called in this config.
     fn missing(&mut self, keys: Keys, needed: &str) {
-        let nested = |key: &&&str| {
-            key.split_once('.')
-                .is_some_and(|(object, _)| self.root.contains_key(object))
-        };
+        let nested =
+            |key: &&&str| key.split_once('.').is_some_and(|(object, _)| self.root.contains_key(object));
         let flat = keys.iter().rfind(|key| self.hugging_face && !key.contains('.'));
-        let key = keys
-            .iter()
-            .find(nested)
-            .or(flat)
-            .or(keys.first())
-            .copied()
-            .unwrap_or_default();
-        self.violations.push(broken(
-            Rule::SourceConfig,
-            key,
-            "no such key".into(),
-            needed.into(),
-        ));
+        let key = keys.iter().find(nested).or(flat).or(keys.first()).copied().unwrap_or_default();
+        self.violations.push(broken(Rule::SourceConfig, key, "no such key".into(), needed.into()));
     }
 
     fn size(&mut self, keys: Keys) -> Option<(&'static str, u32)> {
@@ -551,8 +419,7 @@ impl<'a> Reader<'a> {
         };
         let size = value.as_u64().and_then(|size| u32::try_from(size).ok());
         if size.is_none() {
-            self.violations
-                .push(broken(Rule::SourceConfig, key, shown(value), NEEDED.into()));
+            self.violations.push(broken(Rule::SourceConfig, key, shown(value), NEEDED.into()));
         }
         size.map(|size| (key, size))
     }
@@ -560,21 +427,14 @@ impl<'a> Reader<'a> {
     /// A finite positive number; `stand_in` after a violation.
     fn number(&mut self, keys: Keys, default: Option<f64>, stand_in: f64) -> Entry {
         const NEEDED: &str = "a positive number";
-        let entry = |key, value| Entry {
-            key,
-            number: Number::from_f64(value).unwrap_or_else(|| 0.into()),
-        };
+        let entry = |key, value| Entry { key, number: Number::from_f64(value).unwrap_or_else(|| 0.into()) };
         let name = keys.first().copied().unwrap_or_default();
         match (self.find(keys), default) {
             (Some((key, Value::Number(number))), _) if number.as_f64().is_some_and(|value| value > 0.0) => {
-                Entry {
-                    key,
-                    number: number.clone(),
-                }
+                Entry { key, number: number.clone() }
             }
             (Some((key, value)), _) => {
-                self.violations
-                    .push(broken(Rule::SourceConfig, key, shown(value), NEEDED.into()));
+                self.violations.push(broken(Rule::SourceConfig, key, shown(value), NEEDED.into()));
                 entry(key, stand_in)
             }
             (None, Some(default)) => entry(name, default),
@@ -587,8 +447,7 @@ impl<'a> Reader<'a> {
 
     fn check(&mut self, rule: Rule, key: &str, size: u32, holds: bool, needed: &str) -> bool {
         if !holds {
-            self.violations
-                .push(broken(rule, key, size.to_string(), needed.into()));
+            self.violations.push(broken(rule, key, size.to_string(), needed.into()));
         }
         holds
     }

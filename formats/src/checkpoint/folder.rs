@@ -73,15 +73,7 @@ impl Folder {
         let mut scan = Scan::new(dir)?;
         let config = scan.config()?;
         scan.shards()?;
-        let Scan {
-            shards,
-            mut violations,
-            mut notes,
-            index,
-            unreadable,
-            excused,
-            ..
-        } = scan;
+        let Scan { shards, mut violations, mut notes, index, unreadable, excused, .. } = scan;
         let catalogue = catalogue(&shards, &mut violations);
         if let Some(index) = &index {
             disagreements(index, &shards, &catalogue, &mut violations);
@@ -92,22 +84,20 @@ impl Folder {
         if let Some(Err(broken)) = config.as_ref().map(Config::header) {
             violations.extend(broken);
         }
-        let dims = header
-            .as_ref()
-            .and_then(|header| match Dims::new(header, options.vocabulary.len()) {
-                Ok(dims) => Some(dims),
-                Err(unlayable) => {
-                    violations.push(Violation {
-                        rule: Rule::SourceConfig,
-                        section: config::FILE.into(),
-                        field: "num_hidden_layers".into(),
-                        range: 0..0,
-                        found: format!("{} with {}", header.num_blocks, unlayable.found),
-                        needed: unlayable.needed.into(),
-                    });
-                    None
-                }
-            });
+        let dims = header.as_ref().and_then(|header| match Dims::new(header, options.vocabulary.len()) {
+            Ok(dims) => Some(dims),
+            Err(unlayable) => {
+                violations.push(Violation {
+                    rule: Rule::SourceConfig,
+                    section: config::FILE.into(),
+                    field: "num_hidden_layers".into(),
+                    range: 0..0,
+                    found: format!("{} with {}", header.num_blocks, unlayable.found),
+                    needed: unlayable.needed.into(),
+                });
+                None
+            }
+        });
         let mut tensors = HashMap::new();
         if let (Some(dims), Some(layout)) = (dims, layout) {
             let mut resolver = Resolver {
@@ -138,10 +128,7 @@ impl Folder {
                 tensors,
                 recent: Recent::default(),
             }),
-            _ => Err(Error::Invalid {
-                path: dir.into(),
-                violations,
-            }),
+            _ => Err(Error::Invalid { path: dir.into(), violations }),
         }
     }
 
@@ -185,10 +172,7 @@ impl Folder {
 
     fn read_quantized(&self, id: TensorId, part: &Part, rows: Range<u64>, out: &mut [u8]) -> Result<()> {
         let &[_, columns, rows_of_expert] = part.shape.as_slice() else {
-            return Err(Error::Unsupported(format!(
-                "{} does not have three axes",
-                part.name
-            )));
+            return Err(Error::Unsupported(format!("{} does not have three axes", part.name)));
         };
         let row_bytes = id.kind.row_bytes(&self.dims) as usize;
         let mut matrix: Option<(u64, Arc<Matrix>)> = None;
@@ -244,15 +228,9 @@ impl Source for Folder {
 
     fn read_rows(&self, tensor: TensorId, rows: Range<u64>, out: &mut [u8]) -> Result<()> {
         let row_bytes = tensor.kind.row_bytes(&self.dims);
-        let count = rows
-            .end
-            .checked_sub(rows.start)
-            .filter(|_| rows.end <= tensor.kind.rows(&self.dims));
+        let count = rows.end.checked_sub(rows.start).filter(|_| rows.end <= tensor.kind.rows(&self.dims));
         if count.and_then(|count| count.checked_mul(row_bytes)) != Some(out.len() as u64) {
-            return Err(Error::Unsupported(format!(
-                "rows {rows:?} of {tensor} into {} bytes",
-                out.len()
-            )));
+            return Err(Error::Unsupported(format!("rows {rows:?} of {tensor} into {} bytes", out.len())));
         }
         match self.tensors.get(&tensor) {
             Some(Origin::Parts(parts)) => self.read_parts(parts, rows.start * row_bytes, out),
@@ -283,10 +261,7 @@ impl Source for Folder {
         if violations.is_empty() {
             Ok(())
         } else {
-            Err(Error::Invalid {
-                path: self.path.clone(),
-                violations,
-            })
+            Err(Error::Invalid { path: self.path.clone(), violations })
         }
     }
 }
@@ -372,13 +347,7 @@ impl<'a> Scan<'a> {
             return Ok(None);
         }
         if !fs::metadata(&resolved).map_err(Error::io(&path))?.is_file() {
-            self.refuse(
-                Rule::SourceContainer,
-                name,
-                name,
-                "no regular file",
-                "a regular file",
-            );
+            self.refuse(Rule::SourceContainer, name, name, "no regular file", "a regular file");
             return Ok(None);
         }
         Ok(Some(path))
@@ -390,13 +359,7 @@ impl<'a> Scan<'a> {
         };
         let len = fs::metadata(&path).map_err(Error::io(&path))?.len();
         if len > MAX_JSON {
-            self.refuse(
-                rule,
-                name,
-                name,
-                format!("{len} bytes"),
-                "at most 100000000 bytes of JSON",
-            );
+            self.refuse(rule, name, name, format!("{len} bytes"), "at most 100000000 bytes of JSON");
             return Ok(None);
         }
         fs::read(&path).map(Some).map_err(Error::io(path))
@@ -415,50 +378,29 @@ impl<'a> Scan<'a> {
         let (files, others) = listing(self.dir)?;
         let has_index = others.iter().any(|name| name == INDEX);
         let companions = [config::FILE, INDEX, vocabulary::FILE_NAME];
-        let ignored: Vec<&str> = others
-            .iter()
-            .map(String::as_str)
-            .filter(|name| !companions.contains(name))
-            .collect();
+        let ignored: Vec<&str> =
+            others.iter().map(String::as_str).filter(|name| !companions.contains(name)).collect();
         note_some(&mut self.notes, "ignored beside the checkpoint", &ignored);
 
         if has_index && let Some(text) = self.json(INDEX, Rule::SourceContainer)? {
             match serde_json::from_slice::<Index>(&text) {
-                Ok(Index {
-                    weight_map: Entries(entries),
-                }) => self.index = Some(entries),
+                Ok(Index { weight_map: Entries(entries) }) => self.index = Some(entries),
                 Err(error) => {
                     let needed = "a JSON object with weight_map, file names by tensor name";
-                    self.refuse(
-                        Rule::SourceContainer,
-                        INDEX,
-                        "weight_map",
-                        error.to_string(),
-                        needed,
-                    );
+                    self.refuse(Rule::SourceContainer, INDEX, "weight_map", error.to_string(), needed);
                 }
             }
         }
         let Some(index) = self.index.take() else {
             if files.is_empty() {
                 let original = listing(&self.dir.join("original")).is_ok_and(|(files, _)| !files.is_empty());
-                let found = if original {
-                    "none here, but some in the sub-folder original"
-                } else {
-                    "none"
-                };
+                let found = if original { "none here, but some in the sub-folder original" } else { "none" };
                 let needed = if original {
                     "the folder that holds them: name original itself"
                 } else {
                     "at least one"
                 };
-                self.refuse(
-                    Rule::SourceMissing,
-                    "*.safetensors",
-                    "SafeTensors files",
-                    found,
-                    needed,
-                );
+                self.refuse(Rule::SourceMissing, "*.safetensors", "SafeTensors files", found, needed);
                 self.unreadable = true;
             }
             for name in &files {
@@ -480,11 +422,8 @@ impl<'a> Scan<'a> {
                 self.excused.insert(tensor.clone());
             }
         }
-        let strays: Vec<&str> = files
-            .iter()
-            .map(String::as_str)
-            .filter(|name| !named.contains(name))
-            .collect();
+        let strays: Vec<&str> =
+            files.iter().map(String::as_str).filter(|name| !named.contains(name)).collect();
         self.strays(&strays)?;
         self.index = Some(index);
         Ok(())
@@ -559,11 +498,7 @@ fn note_some(notes: &mut Vec<String>, what: &str, names: &[&str]) {
     }
     let shown: Vec<String> = names.iter().take(MAX_NOTED).map(|name| excerpt(name)).collect();
     let more = names.len().saturating_sub(MAX_NOTED);
-    let more = if more > 0 {
-        format!(" and {more} more")
-    } else {
-        String::new()
-    };
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
     notes.push(format!("{what}: {}{more}", shown.join(", ")));
 }
 
@@ -611,24 +546,15 @@ fn disagreements(
         });
     };
     for tensor in duplicates(index.iter().map(|(tensor, _)| tensor.as_str()).collect()) {
-        refuse(
-            Rule::SourceDuplicate,
-            tensor,
-            "the name twice in the index".into(),
-            "each name once".into(),
-        );
+        refuse(Rule::SourceDuplicate, tensor, "the name twice in the index".into(), "each name once".into());
     }
-    let by_name: HashMap<&str, &Listed> = shards
-        .iter()
-        .map(|listed| (listed.0.name.as_str(), listed))
-        .collect();
+    let by_name: HashMap<&str, &Listed> =
+        shards.iter().map(|listed| (listed.0.name.as_str(), listed)).collect();
     for (tensor, file) in index {
         if !by_name.contains_key(file.as_str()) {
             continue; // reported where it was opened
         }
-        let holder = catalogue
-            .get(tensor.as_str())
-            .and_then(|(number, _)| shards.get(*number));
+        let holder = catalogue.get(tensor.as_str()).and_then(|(number, _)| shards.get(*number));
         match holder {
             Some((shard, _)) if shard.name == *file => {}
             Some((shard, _)) => {
@@ -641,12 +567,9 @@ fn disagreements(
             }
             // Tensors that the model needs are reported as missing in any case.
             None if names::is_original(tensor) || names::is_hugging_face(tensor) => {}
-            None => refuse(
-                Rule::SourceMissing,
-                tensor,
-                format!("no such tensor in {file}"),
-                "the tensor".into(),
-            ),
+            None => {
+                refuse(Rule::SourceMissing, tensor, format!("no such tensor in {file}"), "the tensor".into())
+            }
         }
     }
 }
@@ -720,22 +643,15 @@ impl<'a> Resolver<'a> {
     fn origin(&mut self, id: TensorId) -> Option<Origin> {
         let shape = id.kind.shape(&self.dims);
         if self.layout == Layout::Original {
-            return Some(Origin::Parts(vec![self.part(
-                &id.to_string(),
-                id.kind,
-                &shape,
-            )?]));
+            return Some(Origin::Parts(vec![self.part(&id.to_string(), id.kind, &shape)?]));
         }
         let names = names::hugging_face(id);
         let bf16 = names::hugging_face_bf16(id).filter(|_| self.layout == Layout::HuggingFaceBf16);
         if let Some(bf16) = bf16 {
-            let packed = names
-                .iter()
-                .find_map(|name| Some((name, *self.catalogue.get(name.as_str())?)));
+            let packed = names.iter().find_map(|name| Some((name, *self.catalogue.get(name.as_str())?)));
             match (self.catalogue.get(bf16.as_str()), packed) {
                 (Some((number, _)), Some((name, (other, stored)))) => {
-                    self.used
-                        .extend(self.catalogue.get_key_value(name.as_str()).map(|(name, _)| *name));
+                    self.used.extend(self.catalogue.get_key_value(name.as_str()).map(|(name, _)| *name));
                     let [number, other] = [*number, other].map(|number| self.file(number));
                     let mut violation = duplicate(name, (&other, stored), &number);
                     violation.found = format!("MXFP4 experts beside {bf16} in {number}");
@@ -760,23 +676,15 @@ impl<'a> Resolver<'a> {
 
     fn parts(&mut self, id: TensorId, names: &[String], shapes: &[&[u64]]) -> Option<Origin> {
         // All are looked at before the first `None` counts, so that each is reported.
-        let found: Vec<_> = names
-            .iter()
-            .zip(shapes)
-            .map(|(name, shape)| self.part(name, id.kind, shape))
-            .collect();
+        let found: Vec<_> =
+            names.iter().zip(shapes).map(|(name, shape)| self.part(name, id.kind, shape)).collect();
         Some(Origin::Parts(found.into_iter().collect::<Option<_>>()?))
     }
 
     /// A BF16 expert tensor. Blocks and scales both lead here; it is checked once.
     fn transposed(&mut self, id: TensorId, name: &str) -> Option<Origin> {
         if id.kind.is_scales() {
-            return self
-                .bf16
-                .iter()
-                .rfind(|part| part.name == name)
-                .cloned()
-                .map(Origin::Transposed);
+            return self.bf16.iter().rfind(|part| part.name == name).cloned().map(Origin::Transposed);
         }
         let (width, mlp) = (self.dims.embedding_dim(), self.dims.mlp_dim());
         let shape = match id.kind {
@@ -830,20 +738,11 @@ impl<'a> Resolver<'a> {
             (None, found) if found == shape => {}
             (rows, found) => {
                 let more = if rows.is_some() { " or more rows" } else { "" };
-                refuse(
-                    Rule::SourceShape,
-                    format!("{found:?}"),
-                    format!("{shape:?}{more}"),
-                );
+                refuse(Rule::SourceShape, format!("{found:?}"), format!("{shape:?}{more}"));
             }
         }
         let (shape, range) = (stored.shape.clone(), stored.range.clone());
-        sound.then(|| Part {
-            name: name.into(),
-            shape,
-            range,
-            shard: number,
-        })
+        sound.then(|| Part { name: name.into(), shape, range, shard: number })
     }
 
     fn report_missing(&mut self, name: &str, dtype: &str, shape: &[u64]) {
@@ -854,10 +753,7 @@ impl<'a> Resolver<'a> {
         }
         self.missing += 1;
         let (found, needed) = if self.missing > MAX_MISSING {
-            (
-                "more missing tensors, not listed".into(),
-                "all of them; check num_hidden_layers".into(),
-            )
+            ("more missing tensors, not listed".into(), "all of them; check num_hidden_layers".into())
         } else {
             ("no such tensor".into(), format!("{dtype} {shape:?}"))
         };
@@ -865,22 +761,13 @@ impl<'a> Resolver<'a> {
             [(shard, _)] => shard.name.clone(),
             shards => format!("{} shards", shards.len()),
         };
-        let violation = Violation {
-            rule: Rule::SourceMissing,
-            section,
-            field: name.into(),
-            range: 0..0,
-            found,
-            needed,
-        };
+        let violation =
+            Violation { rule: Rule::SourceMissing, section, field: name.into(), range: 0..0, found, needed };
         self.violations.push(violation);
     }
 
     fn file(&self, number: usize) -> String {
-        self.shards
-            .get(number)
-            .map(|(shard, _)| shard.name.clone())
-            .unwrap_or_default()
+        self.shards.get(number).map(|(shard, _)| shard.name.clone()).unwrap_or_default()
     }
 
     fn refuse_bf16(&mut self, quantize: bool) {
@@ -904,19 +791,11 @@ impl<'a> Resolver<'a> {
 
     /// Tensors that the model does not have. Whole blocks of them mean that the config is another model's.
     fn note_unused(&mut self, notes: &mut Vec<String>) {
-        let mut unused: Vec<&str> = self
-            .catalogue
-            .keys()
-            .copied()
-            .filter(|name| !self.used.contains(name))
-            .collect();
+        let mut unused: Vec<&str> =
+            self.catalogue.keys().copied().filter(|name| !self.used.contains(name)).collect();
         unused.sort_unstable();
-        let beyond = unused
-            .iter()
-            .filter_map(|name| Some((names::block_of(name)?, *name)));
-        let last = beyond
-            .filter(|(block, _)| u64::from(*block) >= self.dims.num_blocks())
-            .max();
+        let beyond = unused.iter().filter_map(|name| Some((names::block_of(name)?, *name)));
+        let last = beyond.filter(|(block, _)| u64::from(*block) >= self.dims.num_blocks()).max();
         if let Some((_, name)) = last {
             self.violations.push(Violation {
                 rule: Rule::SourceConfig,

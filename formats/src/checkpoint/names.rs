@@ -8,16 +8,10 @@ fn parts(kind: TensorKind) -> &'static [&'static str] {
     match kind {
         TensorKind::Embedding => &["model.embed_tokens.weight"],
         TensorKind::AttnNorm => &["input_layernorm.weight"],
-        TensorKind::QkvWeight => &[
-            "self_attn.q_proj.weight",
-            "self_attn.k_proj.weight",
-            "self_attn.v_proj.weight",
-        ],
-        TensorKind::QkvBias => &[
-            "self_attn.q_proj.bias",
-            "self_attn.k_proj.bias",
-            "self_attn.v_proj.bias",
-        ],
+        TensorKind::QkvWeight => {
+            &["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"]
+        }
+        TensorKind::QkvBias => &["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"],
         TensorKind::Sinks => &["self_attn.sinks"],
         TensorKind::OutWeight => &["self_attn.o_proj.weight"],
         TensorKind::OutBias => &["self_attn.o_proj.bias"],
@@ -39,11 +33,7 @@ const BF16_MLP1: &str = "mlp.experts.gate_up_proj";
 const BF16_MLP2: &str = "mlp.experts.down_proj";
 
 fn full(id: TensorId, name: &str) -> String {
-    if id.kind.is_per_block() {
-        format!("model.layers.{}.{name}", id.block)
-    } else {
-        name.into()
-    }
+    if id.kind.is_per_block() { format!("model.layers.{}.{name}", id.block) } else { name.into() }
 }
 
 /// The Hugging Face tensors whose rows, one behind the other, are this tensor.
@@ -69,13 +59,9 @@ pub(super) fn is_original(name: &str) -> bool {
 pub(super) fn is_hugging_face(name: &str) -> bool {
     if let Some((_, rest)) = layer(name) {
         return is_bf16_experts(name)
-            || TensorKind::ALL
-                .iter()
-                .any(|&kind| kind.is_per_block() && parts(kind).contains(&rest));
+            || TensorKind::ALL.iter().any(|&kind| kind.is_per_block() && parts(kind).contains(&rest));
     }
-    TensorKind::ALL
-        .iter()
-        .any(|&kind| !kind.is_per_block() && parts(kind).contains(&name))
+    TensorKind::ALL.iter().any(|&kind| !kind.is_per_block() && parts(kind).contains(&name))
 }
 
 /// Whether this is the name of a BF16 expert tensor.
@@ -87,9 +73,7 @@ pub(super) fn is_bf16_experts(name: &str) -> bool {
 pub(super) fn block_of(name: &str) -> Option<u32> {
     match TensorId::from_name(name) {
         Some(id) => id.kind.is_per_block().then_some(id.block),
-        None => layer(name)
-            .filter(|_| is_hugging_face(name))
-            .map(|(block, _)| block),
+        None => layer(name).filter(|_| is_hugging_face(name)).map(|(block, _)| block),
     }
 }
 

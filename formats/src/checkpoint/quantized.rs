@@ -51,10 +51,7 @@ impl Matrix {
                     read_at(stored, first * 2)?;
                     Ok(quantize_strip(stored, rows, blocks, scales)
                         .err()
-                        .map(|failed| NotFiniteAt {
-                            element: first + failed.element,
-                            ..failed
-                        }))
+                        .map(|failed| NotFiniteAt { element: first + failed.element, ..failed }))
                 },
             )
             .find_map_first(|outcome| outcome.transpose());
@@ -67,11 +64,7 @@ impl Matrix {
 
     /// Copies a row's blocks, 16 bytes for each 32 columns.
     pub(super) fn copy_blocks(&self, row: usize, out: &mut [u8]) {
-        let blocks = self
-            .blocks
-            .chunks_exact(BLOCK_BYTES)
-            .skip(row)
-            .step_by(self.rows.max(1));
+        let blocks = self.blocks.chunks_exact(BLOCK_BYTES).skip(row).step_by(self.rows.max(1));
         for (out, block) in out.chunks_exact_mut(BLOCK_BYTES).zip(blocks) {
             out.copy_from_slice(block);
         }
@@ -79,10 +72,7 @@ impl Matrix {
 
     /// Copies a row's scales, one for each 32 columns.
     pub(super) fn copy_scales(&self, row: usize, out: &mut [u8]) {
-        for (out, scale) in out
-            .iter_mut()
-            .zip(self.scales.iter().skip(row).step_by(self.rows.max(1)))
-        {
+        for (out, scale) in out.iter_mut().zip(self.scales.iter().skip(row).step_by(self.rows.max(1))) {
             *out = *scale;
         }
     }
@@ -96,10 +86,8 @@ fn quantize_strip(
     scales: &mut [u8],
 ) -> Result<(), NotFiniteAt> {
     let (stored, _) = stored.as_chunks::<2>();
-    for (row, (block, scale)) in blocks
-        .chunks_exact_mut(BLOCK_BYTES)
-        .zip(scales.chunks_exact_mut(1))
-        .enumerate()
+    for (row, (block, scale)) in
+        blocks.chunks_exact_mut(BLOCK_BYTES).zip(scales.chunks_exact_mut(1)).enumerate()
     {
         let mut values = [0.0; BLOCK];
         for (value, stored) in values.iter_mut().zip(stored.iter().skip(row).step_by(rows)) {

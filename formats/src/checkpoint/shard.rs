@@ -44,10 +44,7 @@ impl Shard {
     /// # Errors
     /// [`Error::Invalid`] with `SRC-CONTAINER` and `SRC-DUPLICATE` violations, [`Error::Io`].
     pub(super) fn open(path: &Path, name: &str) -> Result<(Shard, Vec<(String, Stored)>)> {
-        let refuse = |violations| Error::Invalid {
-            path: path.into(),
-            violations,
-        };
+        let refuse = |violations| Error::Invalid { path: path.into(), violations };
         let container = |field: &str, range, found: String, needed: &str| Violation {
             rule: Rule::SourceContainer,
             section: name.into(),
@@ -59,19 +56,10 @@ impl Shard {
 
         let file = File::open(path).map_err(Error::io(path))?;
         let len = file.metadata().map_err(Error::io(path))?.len();
-        let shard = Shard {
-            name: name.into(),
-            path: path.into(),
-            file,
-        };
+        let shard = Shard { name: name.into(), path: path.into(), file };
         if len < 8 {
             let found = format!("a file of {len} bytes");
-            return Err(refuse(vec![container(
-                "header length",
-                0..len,
-                found,
-                "8 bytes and a JSON header",
-            )]));
+            return Err(refuse(vec![container("header length", 0..len, found, "8 bytes and a JSON header")]));
         }
         let mut length = [0; 8];
         shard.read_at(&mut length, 0)?;
@@ -88,12 +76,7 @@ impl Shard {
             Ok(Entries(entries)) => entries,
             Err(error) => {
                 let needed = "a JSON object of dtype, shape and data_offsets by tensor name";
-                return Err(refuse(vec![container(
-                    "header",
-                    8..data,
-                    error.to_string(),
-                    needed,
-                )]));
+                return Err(refuse(vec![container("header", 8..data, error.to_string(), needed)]));
             }
         };
         drop(json);
@@ -120,12 +103,7 @@ impl Shard {
             end = end.max(last);
             if byte_length(info) != Some(last - first) {
                 let found = format!("{} bytes for {} {:?}", last - first, info.dtype, info.shape);
-                violations.push(container(
-                    tensor,
-                    range,
-                    found,
-                    "as many bytes as dtype and shape imply",
-                ));
+                violations.push(container(tensor, range, found, "as many bytes as dtype and shape imply"));
             }
         }
         if violations.is_empty() && in_file(end) != len {
@@ -152,14 +130,7 @@ impl Shard {
         let tensors = entries.into_iter().map(|(name, info)| {
             let range = in_file(info.data_offsets.0)..in_file(info.data_offsets.1);
             let shape = info.shape.iter().map(|&size| size as u64).collect();
-            (
-                name,
-                Stored {
-                    dtype: info.dtype,
-                    shape,
-                    range,
-                },
-            )
+            (name, Stored { dtype: info.dtype, shape, range })
         });
         Ok((shard, tensors.collect()))
     }
@@ -193,10 +164,7 @@ fn read_exact_at(file: &File, mut out: &mut [u8], mut offset: u64) -> io::Result
 }
 
 fn byte_length(info: &TensorInfo) -> Option<usize> {
-    let elements = info
-        .shape
-        .iter()
-        .try_fold(1usize, |product, &size| product.checked_mul(size))?;
+    let elements = info.shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size))?;
     let bits = elements.checked_mul(info.dtype.bitsize())?;
     (bits % 8 == 0).then_some(bits / 8)
 }
@@ -204,11 +172,8 @@ fn byte_length(info: &TensorInfo) -> Option<usize> {
 /// The names that occur more than once.
 pub(super) fn duplicates(mut names: Vec<&str>) -> Vec<&str> {
     names.sort_unstable();
-    let mut repeated: Vec<_> = names
-        .windows(2)
-        .filter(|pair| pair[0] == pair[1])
-        .map(|pair| pair[0])
-        .collect();
+    let mut repeated: Vec<_> =
+        names.windows(2).filter(|pair| pair[0] == pair[1]).map(|pair| pair[0]).collect();
     repeated.dedup();
     repeated
 }

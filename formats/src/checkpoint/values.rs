@@ -62,10 +62,7 @@ pub(super) fn check<'a>(
     progress: &dyn Progress,
 ) -> Result<Vec<Violation>> {
     let len = |part: &Part| part.range.end - part.range.start;
-    progress.begin(
-        "checking scales and weights",
-        tests.iter().map(|(part, _)| len(part)).sum(),
-    );
+    progress.begin("checking scales and weights", tests.iter().map(|(part, _)| len(part)).sum());
     let chunks: Vec<(usize, u64)> = (0..)
         .zip(tests)
         .flat_map(|(test, (part, _))| (0..len(part).div_ceil(CHUNK)).map(move |chunk| (test, chunk * CHUNK)))
@@ -100,12 +97,7 @@ pub(super) fn check<'a>(
         let Some((part, test)) = chunks.first().and_then(|(number, ..)| tests.get(*number)) else {
             continue;
         };
-        let listed: Vec<_> = chunks
-            .iter()
-            .flat_map(|(_, listed, _)| listed)
-            .take(LISTED)
-            .copied()
-            .collect();
+        let listed: Vec<_> = chunks.iter().flat_map(|(_, listed, _)| listed).take(LISTED).copied().collect();
         let count = chunks.iter().map(|(.., count)| count).sum();
         violations.push(violation(*test, part, &shard(part)?.name, &listed, count));
     }
@@ -135,15 +127,9 @@ pub(super) fn violation(
     let (rule, needed) = match test {
         Test::Scale => (Rule::SourceScale, "at most 240"),
         Test::NotNan => (Rule::SourceNan, "no NaN"),
-        Test::Finite => (
-            Rule::SourceNan,
-            "finite values, since MXFP4 has neither NaN nor infinity",
-        ),
+        Test::Finite => (Rule::SourceNan, "finite values, since MXFP4 has neither NaN nor infinity"),
     };
-    let start = part.range.start
-        + listed
-            .first()
-            .map_or(0, |(element, _)| element * test.element_bytes());
+    let start = part.range.start + listed.first().map_or(0, |(element, _)| element * test.element_bytes());
     Violation {
         rule,
         section: file.into(),

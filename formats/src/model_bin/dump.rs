@@ -69,7 +69,9 @@ impl Dump<'_> {
             Content::Regex | Content::Padding { .. } | Content::Tensor { .. } | Content::Trailing => {
                 let note = match &span.content {
                     Content::Padding { align } => format!("zeros to a multiple of {align}"),
-                    Content::Tensor { id, shape } => format!("{} {} {shape}", span.name, id.tensor.kind.dtype()),
+                    Content::Tensor { id, shape } => {
+                        format!("{} {} {shape}", span.name, id.tensor.kind.dtype())
+                    }
                     _ => span.name.clone(),
                 };
                 self.run(span.range.clone(), &note, limits.lines)
@@ -110,7 +112,13 @@ impl Dump<'_> {
             return Ok(());
         }
         self.advance(&range)?;
-        writeln!(self.out, "{:010x}  … {} bytes more, to {:010x}", range.start, range.end - range.start, range.end)
+        writeln!(
+            self.out,
+            "{:010x}  … {} bytes more, to {:010x}",
+            range.start,
+            range.end - range.start,
+            range.end
+        )
     }
 
     fn line(&mut self, range: Range<u64>, note: &str) -> io::Result<()> {

@@ -362,7 +362,12 @@ impl Weights {
                 let expert = self.experts.get(block as usize)?.experts.get(id.expert as usize)?;
                 expert.tensors().into_iter().find(|tensor| tensor.id.tensor.kind == kind)
             }
-            kind => self.blocks.get(block as usize)?.tensors().into_iter().find(|tensor| tensor.id.tensor.kind == kind),
+            kind => self
+                .blocks
+                .get(block as usize)?
+                .tensors()
+                .into_iter()
+                .find(|tensor| tensor.id.tensor.kind == kind),
         }
     }
 }
@@ -415,7 +420,12 @@ impl BinRead for Blob {
 impl BinWrite for Blob {
     type Args<'a> = &'a dyn Payload;
 
-    fn write_options<W: Write + Seek>(&self, writer: &mut W, _: Endian, payload: &dyn Payload) -> BinResult<()> {
+    fn write_options<W: Write + Seek>(
+        &self,
+        writer: &mut W,
+        _: Endian,
+        payload: &dyn Payload,
+    ) -> BinResult<()> {
         expect_position(writer, self.range.start)?;
         payload.write_blob(self.id, writer)?;
         expect_position(writer, self.range.end)
@@ -431,7 +441,12 @@ impl BinRead for Tensor {
         let start = padding.range.end;
         let range = start..start + at.shape.elements() * kind.dtype().size();
         if range.end > at.len {
-            return Err(truncated(&super::section::weights_section(at.id.tensor), at.id.to_string(), range, at.len));
+            return Err(truncated(
+                &super::section::weights_section(at.id.tensor),
+                at.id.to_string(),
+                range,
+                at.len,
+            ));
         }
         reader.seek(SeekFrom::Start(range.end))?;
         Ok(Tensor { id: at.id, shape: at.shape, align: at.align, padding, range })
@@ -441,7 +456,12 @@ impl BinRead for Tensor {
 impl BinWrite for Tensor {
     type Args<'a> = &'a dyn Payload;
 
-    fn write_options<W: Write + Seek>(&self, writer: &mut W, endian: Endian, payload: &dyn Payload) -> BinResult<()> {
+    fn write_options<W: Write + Seek>(
+        &self,
+        writer: &mut W,
+        endian: Endian,
+        payload: &dyn Payload,
+    ) -> BinResult<()> {
         self.padding.write_options(writer, endian, ())?;
         expect_position(writer, self.range.start)?;
         payload.write_piece(self.id, writer)?;

@@ -179,7 +179,8 @@ impl Verified {
     }
 
     fn mxfp4(&self, blocks: &Tensor, scales: &Tensor) -> Mxfp4Matrix<'_> {
-        let [rows, row_blocks] = [scales.shape.first(), scales.shape.last()].map(|size| size.copied().unwrap_or(0));
+        let [rows, row_blocks] =
+            [scales.shape.first(), scales.shape.last()].map(|size| size.copied().unwrap_or(0));
         Mxfp4Matrix {
             rows,
             columns: row_blocks * 32,
@@ -244,7 +245,13 @@ impl Source for Verified {
 fn vocabulary_of(bytes: &[u8], prefix: &layout::Prefix) -> Vocabulary {
     let regex = slice(bytes, &prefix.regex.range);
     Vocabulary {
-        special_uuids: slice(bytes, &prefix.special_uuids.range).as_chunks().0.iter().copied().map(Uuid).collect(),
+        special_uuids: slice(bytes, &prefix.special_uuids.range)
+            .as_chunks()
+            .0
+            .iter()
+            .copied()
+            .map(Uuid)
+            .collect(),
         regex: String::from_utf8_lossy(regex.strip_suffix(b"\0").unwrap_or(regex)).into_owned(),
         records: slice(bytes, &prefix.text_tokens.range).to_vec(),
         num_text_tokens: prefix.head.tokenizer.num_text_tokens,
@@ -292,4 +299,3 @@ pub struct ExpertTensors<'a> {
     /// `[H]`.
     pub mlp2_bias: Bf16Tensor<'a>,
 }
-

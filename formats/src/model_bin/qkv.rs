@@ -152,7 +152,7 @@ mod tests {
             }
         }
         let (down, up) = (magnitude - at(below), at(below + 1) - magnitude);
-        let nearest = if down < up || (down == up && below % 2 == 0) { below } else { below + 1 };
+        let nearest = if down < up || (down == up && below.is_multiple_of(2)) { below } else { below + 1 };
         nearest | bits & 0x8000
     }
 
@@ -183,7 +183,11 @@ mod tests {
             }
             for stored in (0..=u16::MAX).filter(|bits| bits & 0x7fff <= 0x7f80) {
                 let originals = &preimages[usize::from(stored)];
-                assert_eq!(part.is_invertible(stored), originals.len() == 1, "{part:?} {stored:#06x} {originals:x?}");
+                assert_eq!(
+                    part.is_invertible(stored),
+                    originals.len() == 1,
+                    "{part:?} {stored:#06x} {originals:x?}"
+                );
                 if !originals.is_empty() {
                     assert!(originals.contains(&part.unscale(stored)), "{part:?} {stored:#06x}");
                 }

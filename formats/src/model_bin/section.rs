@@ -105,7 +105,9 @@ pub fn header_field(name: &str) -> Range<u64> {
 pub(super) fn head_field_at(position: u64) -> (&'static str, &'static str, Range<u64>) {
     head_fields()
         .find(|field| field.range.contains(&position))
-        .map_or(("tokenizer header", "tokens_size", HEAD_LEN - 4..HEAD_LEN), |field| (field.section, field.name, field.range))
+        .map_or(("tokenizer header", "tokens_size", HEAD_LEN - 4..HEAD_LEN), |field| {
+            (field.section, field.name, field.range)
+        })
 }
 
 /// The section that a tensor belongs to.

@@ -78,14 +78,24 @@ impl Dims {
     pub fn new(header: &ModelHeader, vocabulary: u64) -> Result<Dims, Unlayable> {
         if vocabulary == 0 || vocabulary > MAX_TOKENS {
             let (rule, field) = (Rule::TokenCount, "num_text_tokens");
-            return Err(Unlayable { rule, field, found: format!("{vocabulary} tokens in all"), needed: "1 to 2^24 tokens" });
+            return Err(Unlayable {
+                rule,
+                field,
+                found: format!("{vocabulary} tokens in all"),
+                needed: "1 to 2^24 tokens",
+            });
         }
         for (rule, field, value) in [
             (Rule::EmbeddingDim, "embedding_dim", header.embedding_dim),
             (Rule::MlpDim, "mlp_dim", header.mlp_dim),
         ] {
             if value == 0 || value % 32 != 0 {
-                return Err(Unlayable { rule, field, found: value.to_string(), needed: "a positive multiple of 32" });
+                return Err(Unlayable {
+                    rule,
+                    field,
+                    found: value.to_string(),
+                    needed: "a positive multiple of 32",
+                });
             }
         }
         let dims = Dims {
@@ -114,7 +124,8 @@ impl Dims {
         const PADDING: u128 = 16384;
         let mut total = PADDING;
         for kind in TensorKind::ALL {
-            let elements = kind.axes().iter().try_fold(1u128, |product, axis| product.checked_mul(axis.wide(self)))?;
+            let elements =
+                kind.axes().iter().try_fold(1u128, |product, axis| product.checked_mul(axis.wide(self)))?;
             // Each of an expert's six pieces is padded on its own.
             let pieces = if kind.is_expert() { u128::from(self.num_experts) } else { 1 };
             let bytes = elements
@@ -432,7 +443,9 @@ impl TensorId {
     /// The tensor with this name in the original checkpoint, if a model can have one.
     pub fn from_name(name: &str) -> Option<TensorId> {
         let (block, rest) = match name.strip_prefix("block.").and_then(|rest| rest.split_once('.')) {
-            Some((block, rest)) if block == "0" || !block.starts_with(['0', '+']) => (Some(block.parse().ok()?), rest),
+            Some((block, rest)) if block == "0" || !block.starts_with(['0', '+']) => {
+                (Some(block.parse().ok()?), rest)
+            }
             Some(_) => return None,
             None => (None, name),
         };

@@ -5,8 +5,8 @@ use std::io::Cursor;
 use std::ops::Range;
 
 use binrw::BinRead;
-use rayon::prelude::*;
 use hashbrown::HashSet;
+use rayon::prelude::*;
 use serde::Serialize;
 
 use super::header::{
@@ -108,7 +108,8 @@ fn structure(bytes: &[u8], violations: &mut Vec<Violation>) -> Option<File> {
         Ok(weights) => weights,
         Err(error) => {
             let violation = read_violation(error, len);
-            if !violations.iter().any(|known| known.rule == violation.rule && known.field == violation.field) {
+            if !violations.iter().any(|known| known.rule == violation.rule && known.field == violation.field)
+            {
                 violations.push(violation);
             }
             return None;
@@ -176,7 +177,14 @@ struct HeadChecks<'a> {
 }
 
 impl HeadChecks<'_> {
-    fn must(&mut self, holds: bool, rule: Rule, field: &str, found: impl fmt::Display, needed: impl Into<String>) {
+    fn must(
+        &mut self,
+        holds: bool,
+        rule: Rule,
+        field: &str,
+        found: impl fmt::Display,
+        needed: impl Into<String>,
+    ) {
         if !holds {
             self.violations.push(Violation {
                 rule,
@@ -272,13 +280,19 @@ pub fn check_model_header(header: &ModelHeader) -> Vec<Violation> {
     check.must(h.head_dim == HEAD_DIM, Rule::HeadDim, "head_dim", h.head_dim, HEAD_DIM.to_string());
     check.must(h.num_heads >= 1, Rule::NumHeads, "num_heads", h.num_heads, "at least 1");
     check.must(
-        h.num_kv_heads >= 1 && h.num_heads % h.num_kv_heads.max(1) == 0,
+        h.num_kv_heads >= 1 && h.num_heads.is_multiple_of(h.num_kv_heads),
         Rule::NumKvHeads,
         "num_kv_heads",
         h.num_kv_heads,
         format!("a divisor of num_heads ({})", h.num_heads),
     );
-    check.must(h.attention_window >= 1, Rule::AttentionWindow, "attention_window", h.attention_window, "at least 1");
+    check.must(
+        h.attention_window >= 1,
+        Rule::AttentionWindow,
+        "attention_window",
+        h.attention_window,
+        "at least 1",
+    );
     check.must(
         h.rope_theta.is_finite() && h.rope_theta > 1.0,
         Rule::RopeTheta,
@@ -342,7 +356,13 @@ fn check_special_tokens(bytes: &[u8], prefix: &Prefix, violations: &mut Vec<Viol
         }
     }
     let section = prefix.special_uuids.id.section();
-    unknown.report(Rule::SpecialUnknown, section, "uuid", "zero or a UUID of the specification's table", violations);
+    unknown.report(
+        Rule::SpecialUnknown,
+        section,
+        "uuid",
+        "zero or a UUID of the specification's table",
+        violations,
+    );
     duplicate.report(Rule::SpecialDuplicate, section, "uuid", "each UUID once", violations);
 }
 
@@ -393,12 +413,18 @@ fn check_text_tokens(bytes: &[u8], prefix: &Prefix, violations: &mut Vec<Violati
     while position < records.len() {
         let start = blob.range.start + position as u64;
         let Some((&length, rest)) = records[position..].split_first_chunk::<2>() else {
-            complaint = Some((start..blob.range.end, format!("1 byte left where the length of token {id} should be")));
+            complaint = Some((
+                start..blob.range.end,
+                format!("1 byte left where the length of token {id} should be"),
+            ));
             break;
         };
         let length = usize::from(u16::from_le_bytes(length));
         let Some(token) = rest.get(..length) else {
-            complaint = Some((start..blob.range.end, format!("token {id} of {length} bytes with {} left", rest.len())));
+            complaint = Some((
+                start..blob.range.end,
+                format!("token {id} of {length} bytes with {} left", rest.len()),
+            ));
             break;
         };
         let range = start..start + 2 + length as u64;
@@ -470,15 +496,18 @@ fn check_padding(bytes: &[u8], tensor: &Tensor, padding: &Padding, violations: &
 }
 
 fn values(bytes: &[u8], file: &File, progress: &dyn Progress, violations: &mut Vec<Violation>) {
-    let checked = |tensor: &&Tensor| !matches!(tensor.id.tensor.kind, TensorKind::Mlp1Blocks | TensorKind::Mlp2Blocks);
+    let checked =
+        |tensor: &&Tensor| !matches!(tensor.id.tensor.kind, TensorKind::Mlp1Blocks | TensorKind::Mlp2Blocks);
     let tensors: Vec<&Tensor> = file.weights.tensors().filter(checked).collect();
-    progress.begin("verifying values", tensors.iter().map(|tensor| tensor.range.end - tensor.range.start).sum());
+    progress
+        .begin("verifying values", tensors.iter().map(|tensor| tensor.range.end - tensor.range.start).sum());
     let found: Vec<Vec<Violation>> = tensors
         .par_iter()
         .map(|tensor| {
             let chunks = slice(bytes, &tensor.range).par_chunks(CHUNK).enumerate();
             let found = chunks.map(|(index, chunk)| {
-                let bad = BadValues::of(chunk, tensor.range.start + (index * CHUNK) as u64, tensor.id.tensor.kind);
+                let bad =
+                    BadValues::of(chunk, tensor.range.start + (index * CHUNK) as u64, tensor.id.tensor.kind);
                 progress.advance(chunk.len() as u64);
                 bad
             });

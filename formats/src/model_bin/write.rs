@@ -28,7 +28,7 @@ const BUFFER: usize = 4 << 20;
 /// Buffers on their way to the file; with the two of the transform all that an export holds of the model.
 const BUFFERS_IN_FLIGHT: usize = 4;
 
-/// Computes the layout of the file that [`write`] would write, every position included.
+/// Computes the layout of the file that [`write()`] would write, every position included.
 ///
 /// # Errors
 /// [`Error::Invalid`] where header or vocabulary break a rule, so that the file would be invalid.
@@ -36,7 +36,11 @@ pub fn plan(source: &dyn Source) -> Result<layout::File> {
     let vocabulary = source.vocabulary();
     let too_long = |what: &str| Error::Unsupported(format!("the vocabulary's {what} does not fit a u32"));
     let sizes = TokenizerHeader {
-        num_special_tokens: vocabulary.special_uuids.len().try_into().map_err(|_| too_long("special token count"))?,
+        num_special_tokens: vocabulary
+            .special_uuids
+            .len()
+            .try_into()
+            .map_err(|_| too_long("special token count"))?,
         num_text_tokens: vocabulary.num_text_tokens,
         regex_size: (vocabulary.regex.len() + 1).try_into().map_err(|_| too_long("regex"))?,
         tokens_size: vocabulary.records.len().try_into().map_err(|_| too_long("text token list"))?,
@@ -102,8 +106,12 @@ pub fn write(source: &dyn Source, target: &Path, progress: &dyn Progress) -> Res
 /// that no file may hold ends the writing in the middle.
 ///
 /// # Errors
-/// As [`write`].
-pub fn write_to<W: Write + Seek>(source: &dyn Source, out: &mut W, progress: &dyn Progress) -> Result<layout::File> {
+/// As [`write()`].
+pub fn write_to<W: Write + Seek>(
+    source: &dyn Source,
+    out: &mut W,
+    progress: &dyn Progress,
+) -> Result<layout::File> {
     let file = plan(source)?;
     let payload = SourcePayload::new(source, progress);
     file.write_le_args(out, &payload).map_err(|error| unwrap(error, Path::new("the output")))?;
@@ -114,7 +122,9 @@ pub fn write_to<W: Write + Seek>(source: &dyn Source, out: &mut W, progress: &dy
 fn prefix_bytes(prefix: &Prefix, source: &dyn Source) -> Result<Vec<u8>> {
     let mut bytes = Cursor::new(Vec::new());
     let payload = SourcePayload::new(source, &());
-    prefix.write_le_args(&mut bytes, &payload).map_err(|error| unwrap(error, Path::new("the tokenizer section")))?;
+    prefix
+        .write_le_args(&mut bytes, &payload)
+        .map_err(|error| unwrap(error, Path::new("the tokenizer section")))?;
     Ok(bytes.into_inner())
 }
 
@@ -155,7 +165,15 @@ impl<'a> SourcePayload<'a> {
         }
     }
 
-    fn refused(&self, piece: PieceId, rule: Rule, rows: &Range<u64>, index: usize, found: &str, needed: &str) -> Error {
+    fn refused(
+        &self,
+        piece: PieceId,
+        rule: Rule,
+        rows: &Range<u64>,
+        index: usize,
+        found: &str,
+        needed: &str,
+    ) -> Error {
         let kind = piece.tensor.kind;
         let element = rows.start * (kind.row_bytes(self.source.dims()) / kind.dtype().size()) + index as u64;
         Error::Invalid {
@@ -176,7 +194,9 @@ impl Payload for SourcePayload<'_> {
     fn write_blob(&self, blob: BlobId, out: &mut dyn Write) -> io::Result<()> {
         let vocabulary = self.source.vocabulary();
         match blob {
-            BlobId::SpecialUuids => vocabulary.special_uuids.iter().try_for_each(|uuid| out.write_all(&uuid.0)),
+            BlobId::SpecialUuids => {
+                vocabulary.special_uuids.iter().try_for_each(|uuid| out.write_all(&uuid.0))
+            }
             BlobId::Regex => out.write_all(vocabulary.regex.as_bytes()).and_then(|()| out.write_all(&[0])),
             BlobId::TextTokens => out.write_all(&vocabulary.records),
         }

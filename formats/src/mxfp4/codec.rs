@@ -11,9 +11,8 @@ pub const SCALE_OFFSET: u8 = 14;
 pub const MAX_SCALE: u8 = 254 - SCALE_OFFSET;
 
 /// The value of each code: sign, two exponent bits, one mantissa bit.
-pub const CODES: [f32; 16] = [
-    0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
-];
+pub const CODES: [f32; 16] =
+    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
 /// `CODES[code] × 2^(scale − 127)` in f32; only the low four bits of `code` count.
 ///
@@ -42,7 +41,5 @@ pub fn stored_scale(checkpoint: u8) -> Option<u8> {
 
 /// The checkpoint's scale for one that a `model.bin` stores; `None` outside 14 to 254 (`VAL-SCALE`).
 pub fn checkpoint_scale(stored: u8) -> Option<u8> {
-    stored
-        .checked_sub(SCALE_OFFSET)
-        .filter(|&scale| scale <= MAX_SCALE)
+    stored.checked_sub(SCALE_OFFSET).filter(|&scale| scale <= MAX_SCALE)
 }

@@ -37,11 +37,7 @@ const PAIRS: [[f32; 2]; 256] = {
 /// # Errors
 /// Lengths that do not fit together; then `out` is untouched.
 pub fn decode(blocks: &[u8], scales: &[u8], out: &mut [f32]) -> Result<(), LengthMismatch> {
-    let mismatch = LengthMismatch {
-        blocks: blocks.len(),
-        scales: scales.len(),
-        out: out.len(),
-    };
+    let mismatch = LengthMismatch { blocks: blocks.len(), scales: scales.len(), out: out.len() };
     let (blocks, no_bytes) = blocks.as_chunks::<BLOCK_BYTES>();
     let (out, no_values) = out.as_chunks_mut::<BLOCK>();
     if !no_bytes.is_empty()

@@ -52,14 +52,8 @@ pub fn quantize_row(values: &[f32], blocks: &mut [u8], scales: &mut [u8]) -> Res
     let (blocks, _) = blocks.as_chunks_mut::<BLOCK_BYTES>();
     for (n, ((values, block), scale)) in values.iter().zip(blocks).zip(scales).enumerate() {
         let Some(plain) = plain_scale(values) else {
-            let index = values
-                .iter()
-                .position(|value| !value.is_finite())
-                .unwrap_or_default();
-            return Err(NotFinite {
-                index: n * BLOCK + index,
-                value: values[index],
-            });
+            let index = values.iter().position(|value| !value.is_finite()).unwrap_or_default();
+            return Err(NotFinite { index: n * BLOCK + index, value: values[index] });
         };
         let codes;
         (*scale, codes) = best(values, plain);
@@ -85,10 +79,7 @@ fn plain_scale(values: &[f32; BLOCK]) -> Option<Plain> {
         return None;
     }
     let scale = exponent.saturating_sub(2).min(MAX_SCALE);
-    Some(Plain {
-        scale,
-        max: f64::from(f32::from_bits(max)) / unit(scale),
-    })
+    Some(Plain { scale, max: f64::from(f32::from_bits(max)) / unit(scale) })
 }
 
 fn best(values: &[f32; BLOCK], plain: Plain) -> (u8, [u8; BLOCK]) {

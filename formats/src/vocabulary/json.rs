@@ -44,14 +44,17 @@ impl Vocabulary {
         let wrong = |what: String| Error::Unsupported(format!("{}: {what}", path.display()));
         let stored: Stored = serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
         let special_uuids = stored.special_uuids.iter().map(|uuid| {
-            let parsed = uuid::Uuid::parse_str(uuid).map_err(|error| wrong(format!("UUID \"{uuid}\": {error}")))?;
+            let parsed =
+                uuid::Uuid::parse_str(uuid).map_err(|error| wrong(format!("UUID \"{uuid}\": {error}")))?;
             Ok(Uuid(parsed.into_bytes()))
         });
         let special_uuids = special_uuids.collect::<Result<_>>()?;
         let mut records = Vec::new();
         for (id, token) in stored.tokens.iter().enumerate() {
-            let bytes = BASE64_STANDARD.decode(token).map_err(|error| wrong(format!("token {id}: {error}")))?;
-            let length = u16::try_from(bytes.len()).map_err(|_| wrong(format!("token {id} is longer than 65535 bytes")))?;
+            let bytes =
+                BASE64_STANDARD.decode(token).map_err(|error| wrong(format!("token {id}: {error}")))?;
+            let length = u16::try_from(bytes.len())
+                .map_err(|_| wrong(format!("token {id} is longer than 65535 bytes")))?;
             records.extend(length.to_le_bytes());
             records.extend(bytes);
         }

@@ -94,10 +94,16 @@ pub fn unpack(console: &Console, file: &Path, dst: &Path) -> Result<Outcome> {
         writeln!(out, "  the vocabulary is not o200k's: it is in vocabulary.json")?;
     }
     for (id, count) in &ambiguous {
-        writeln!(out, "  {id}: {count} values came from one of several checkpoint values; the even one was taken")?;
+        writeln!(
+            out,
+            "  {id}: {count} values came from one of several checkpoint values; the even one was taken"
+        )?;
     }
     if values > 0 {
-        writeln!(out, "  exporting again gives the same file all the same: they scale to the same stored values")?;
+        writeln!(
+            out,
+            "  exporting again gives the same file all the same: they scale to the same stored values"
+        )?;
     }
     for field in &unpacked.lost_fields {
         writeln!(out, "  {field}: no config gives this value; exporting again gives another")?;
@@ -110,7 +116,14 @@ fn print_notes(out: &mut dyn Write, notes: &[String]) -> io::Result<()> {
 }
 
 /// A line per section of the file that was written, and what it came from.
-fn summary(console: &Console, from: &str, file: &File, src: &Path, dst: &Path, notes: &[String]) -> Result<Outcome> {
+fn summary(
+    console: &Console,
+    from: &str,
+    file: &File,
+    src: &Path,
+    dst: &Path,
+    notes: &[String],
+) -> Result<Outcome> {
     let len = file.weights.end();
     let map = SectionMap::of(file, len);
     let mut out = io::stdout().lock();
@@ -134,7 +147,13 @@ fn summary(console: &Console, from: &str, file: &File, src: &Path, dst: &Path, n
     print_notes(&mut out, notes)?;
     for (name, range, spans) in map.sections() {
         let size = HumanBytes(range.end - range.start).to_string();
-        writeln!(out, "{:>14}  {size:>12}  {name} ({} part{})", range.start, spans.len(), plural(spans.len()))?;
+        writeln!(
+            out,
+            "{:>14}  {size:>12}  {name} ({} part{})",
+            range.start,
+            spans.len(),
+            plural(spans.len())
+        )?;
     }
     let header = &file.prefix.head.model;
     let (blocks, experts) = (header.num_blocks, header.num_experts);

@@ -31,7 +31,10 @@ pub fn demo(console: &Console, dst: Option<PathBuf>) -> Result<Outcome> {
     for (name, contents) in CHECKPOINT {
         fs::write(checkpoint.join(name), contents)?;
     }
-    println!("A synthetic Hugging Face checkpoint of GPT-OSS's architecture is in {}.\n", checkpoint.display());
+    println!(
+        "A synthetic Hugging Face checkpoint of GPT-OSS's architecture is in {}.\n",
+        checkpoint.display()
+    );
 
     let options = CheckpointOptions { vocab: None, quantize: false };
     let [model, unpacked, again, gguf] =
@@ -47,12 +50,16 @@ pub fn demo(console: &Console, dst: Option<PathBuf>) -> Result<Outcome> {
         Ok(())
     };
     let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    step("export -s checkpoint -d model.bin".into(), &|| convert::export(console, &checkpoint, &model, &options))?;
+    step("export -s checkpoint -d model.bin".into(), &|| {
+        convert::export(console, &checkpoint, &model, &options)
+    })?;
     step("verify model.bin --against checkpoint".into(), &|| {
         compare::verify(console, &model, Some(&checkpoint), false, &options)
     })?;
     step("unpack model.bin -d unpacked".into(), &|| convert::unpack(console, &model, &unpacked))?;
-    step("export -s unpacked -d again.bin".into(), &|| convert::export(console, &unpacked, &again, &options))?;
+    step("export -s unpacked -d again.bin".into(), &|| {
+        convert::export(console, &unpacked, &again, &options)
+    })?;
     step("diff model.bin again.bin".into(), &|| compare::diff(console, &model, &again, &options))?;
     step("convert model.bin -d model.gguf".into(), &|| convert::convert(console, &model, &gguf, &options))?;
     for other in [&checkpoint, &gguf] {
@@ -61,7 +68,9 @@ pub fn demo(console: &Console, dst: Option<PathBuf>) -> Result<Outcome> {
     step("dump model.bin | head -n 24".into(), &|| inspect::head(&model, 24))?;
     match outcome {
         Outcome::Fine => println!("Every step gave what it should."),
-        Outcome::Differs => println!("A step found a difference: that is a bug of modelbin; please report it."),
+        Outcome::Differs => {
+            println!("A step found a difference: that is a bug of modelbin; please report it.")
+        }
     }
     Ok(outcome)
 }

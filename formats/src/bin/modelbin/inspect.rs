@@ -74,7 +74,12 @@ pub fn inspect(console: &Console, file: &Path, tensors: bool) -> Result<Outcome>
     Ok(Outcome::Fine)
 }
 
-fn document(file: &Path, bytes: &[u8], map: &SectionMap, value: &dyn Fn(&Span) -> String) -> serde_json::Value {
+fn document(
+    file: &Path,
+    bytes: &[u8],
+    map: &SectionMap,
+    value: &dyn Fn(&Span) -> String,
+) -> serde_json::Value {
     let part = |span: &Span| {
         let mut part = serde_json::json!({ "name": span.name, "range": [span.range.start, span.range.end] });
         match &span.content {

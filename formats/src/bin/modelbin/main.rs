@@ -184,7 +184,9 @@ fn run(arguments: Arguments) -> Result<Outcome> {
             compare::verify(&console, &file, against.as_deref(), structure, &checkpoint)
         }
         Verb::Inspect { file, tensors } => inspect::inspect(&console, &file, tensors),
-        Verb::Dump { file, full } => inspect::dump(&file, if full { Limits::NONE } else { Limits::default() }),
+        Verb::Dump { file, full } => {
+            inspect::dump(&file, if full { Limits::NONE } else { Limits::default() })
+        }
         Verb::Diff { a, b, checkpoint } => compare::diff(&console, &a, &b, &checkpoint),
         Verb::Unpack { file, dst } => convert::unpack(&console, &file, &dst),
         Verb::Convert { src, dst, checkpoint } => convert::convert(&console, &src, &dst, &checkpoint),

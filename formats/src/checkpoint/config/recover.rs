@@ -24,28 +24,15 @@ pub struct Recovered {
 /// Several configs have the same header: rounding to f32 loses digits, and of the initial context length, α and β only
 /// two quotients and a truncated product remain. Where the released models' values fit, they are preferred.
 pub fn recover(header: &ModelHeader) -> Recovered {
-    let theta = f64_of(header.rope_theta)
-        .filter(|&theta| theta > 1.0)
-        .unwrap_or(150_000.0);
+    let theta = f64_of(header.rope_theta).filter(|&theta| theta > 1.0).unwrap_or(150_000.0);
     let factor = factor(header);
-    let yarn = Yarn {
-        offset: header.yarn_offset,
-        scale: header.yarn_scale,
-    };
+    let yarn = Yarn { offset: header.yarn_offset, scale: header.yarn_scale };
     let contexts = contexts(header.context_length, factor);
-    let ramps = contexts
-        .iter()
-        .filter_map(|&context| Some((context, ramp(context, theta, yarn)?)));
-    let (context, ramp) = ramps
-        .min_by_key(|(context, ramp)| digits(*context) + ramp.digits)
-        .unwrap_or((
-            contexts.first().copied().unwrap_or(RELEASED_CONTEXT),
-            Ramp {
-                alpha: 1.0,
-                beta: 32.0,
-                digits: 0,
-            },
-        ));
+    let ramps = contexts.iter().filter_map(|&context| Some((context, ramp(context, theta, yarn)?)));
+    let (context, ramp) = ramps.min_by_key(|(context, ramp)| digits(*context) + ramp.digits).unwrap_or((
+        contexts.first().copied().unwrap_or(RELEASED_CONTEXT),
+        Ramp { alpha: 1.0, beta: 32.0, digits: 0 },
+    ));
 
     let mut json = Map::new();
     let mut put = |key: &str, value: Number| json.insert(key.into(), Value::Number(value));
@@ -74,10 +61,7 @@ fn lost(json: &Map<String, Value>, header: &ModelHeader) -> Vec<&'static str> {
     let text = serde_json::to_vec(json).unwrap_or_default();
     let Some(again) = Config::read(&text).0.map(|config| config.unchecked_header()) else {
         // Only widths that are no positive multiples of 32 leave no config at all.
-        let widths = [
-            ("embedding_dim", header.embedding_dim),
-            ("mlp_dim", header.mlp_dim),
-        ];
+        let widths = [("embedding_dim", header.embedding_dim), ("mlp_dim", header.mlp_dim)];
         return widths
             .into_iter()
             .filter(|(_, width)| !width.is_multiple_of(32) || *width == 0)
@@ -87,17 +71,10 @@ fn lost(json: &Map<String, Value>, header: &ModelHeader) -> Vec<&'static str> {
     let float = |name, a: f32, b: f32| (name, a.to_bits() == b.to_bits());
     [
         ("context_length", header.context_length == again.context_length),
-        (
-            "num_active_experts",
-            header.num_active_experts == again.num_active_experts,
-        ),
+        ("num_active_experts", header.num_active_experts == again.num_active_experts),
         float("swiglu_limit", header.swiglu_limit, again.swiglu_limit),
         float("rope_theta", header.rope_theta, again.rope_theta),
-        float(
-            "interpolation_scale",
-            header.interpolation_scale,
-            again.interpolation_scale,
-        ),
+        float("interpolation_scale", header.interpolation_scale, again.interpolation_scale),
         float("yarn_offset", header.yarn_offset, again.yarn_offset),
         float("yarn_scale", header.yarn_scale, again.yarn_scale),
         float("yarn_multiplier", header.yarn_multiplier, again.yarn_multiplier),
@@ -128,11 +105,7 @@ fn factor(header: &ModelHeader) -> f64 {
 
 /// Half way from `value` to its neighbour above (`side` 1) or below (−1).
 fn beside(value: f32, side: f64) -> f64 {
-    let neighbour = if side > 0.0 {
-        value.next_up()
-    } else {
-        value.next_down()
-    };
+    let neighbour = if side > 0.0 { value.next_up() } else { value.next_down() };
     f64::from(value).midpoint(f64::from(neighbour))
 }
 
@@ -142,28 +115,14 @@ fn contexts(context_length: u32, factor: f64) -> Vec<f64> {
     let fits = |context: f64| context > 0.0 && (context * factor) as u32 == context_length;
     let (least, middle) = (target / factor, (target + 0.5) / factor);
     let mut contexts: Vec<f64> = std::iter::once(RELEASED_CONTEXT)
-        .chain(
-            roundings(least)
-                .zip(roundings(middle))
-                .flat_map(|(a, b)| [a, b, a.ceil()]),
-        )
+        .chain(roundings(least).zip(roundings(middle)).flat_map(|(a, b)| [a, b, a.ceil()]))
         .filter(|&context| fits(context))
         .collect();
-    contexts.sort_by_key(|&context| {
-        (
-            context != RELEASED_CONTEXT,
-            context.fract() != 0.0,
-            digits(context),
-        )
-    });
+    contexts.sort_by_key(|&context| (context != RELEASED_CONTEXT, context.fract() != 0.0, digits(context)));
     contexts.dedup();
     contexts.truncate(6);
     // A header that no exporter writes; the other fields can still be recovered.
-    if contexts.is_empty() {
-        vec![RELEASED_CONTEXT]
-    } else {
-        contexts
-    }
+    if contexts.is_empty() { vec![RELEASED_CONTEXT] } else { contexts }
 }
 
 struct Ramp {
@@ -184,42 +143,28 @@ fn ramp(context: f64, theta: f64, yarn: Yarn) -> Option<Ramp> {
     };
     let alphas: Vec<f64> = roundings(alpha).collect();
     let betas: Vec<f64> = roundings(beta).collect();
-    let pairs = alphas
-        .iter()
-        .flat_map(|&alpha| betas.iter().map(move |&beta| (alpha, beta)));
+    let pairs = alphas.iter().flat_map(|&alpha| betas.iter().map(move |&beta| (alpha, beta)));
     let (alpha, beta) = pairs
         .filter(|&(alpha, beta)| alpha > 0.0 && beta > 0.0 && fits(alpha, beta))
         .min_by_key(|&(alpha, beta)| digits(alpha) + digits(beta))?;
-    Some(Ramp {
-        alpha,
-        beta,
-        digits: digits(alpha) + digits(beta),
-    })
+    Some(Ramp { alpha, beta, digits: digits(alpha) + digits(beta) })
 }
 
 /// A finite positive number rounded to 1, 2, … 17 significant decimal digits; nothing for any other.
 fn roundings(value: f64) -> impl Iterator<Item = f64> {
     let usable = value.is_finite() && value > 0.0;
-    (0..17)
-        .filter(move |_| usable)
-        .filter_map(move |digits| format!("{value:.digits$e}").parse().ok())
+    (0..17).filter(move |_| usable).filter_map(move |digits| format!("{value:.digits$e}").parse().ok())
 }
 
 /// Significant decimal digits.
 fn digits(value: f64) -> usize {
     let text = format!("{value:e}");
-    text.split('e').next().map_or(0, |mantissa| {
-        mantissa.chars().filter(char::is_ascii_digit).count()
-    })
+    text.split('e').next().map_or(0, |mantissa| mantissa.chars().filter(char::is_ascii_digit).count())
 }
 
 /// A number of an f32 with its shortest decimal digits; `None` where it is not finite.
 fn f64_of(value: f32) -> Option<f64> {
-    value
-        .to_string()
-        .parse()
-        .ok()
-        .filter(|value: &f64| value.is_finite())
+    value.to_string().parse().ok().filter(|value: &f64| value.is_finite())
 }
 
 fn real(value: f64) -> Number {
@@ -228,9 +173,5 @@ fn real(value: f64) -> Number {
 
 fn integer_or_real(value: f64) -> Number {
     let integer = value as u64;
-    if value < 9e15 && integer as f64 == value {
-        integer.into()
-    } else {
-        real(value)
-    }
+    if value < 9e15 && integer as f64 == value { integer.into() } else { real(value) }
 }

@@ -66,28 +66,10 @@ fn released_values_give_the_genuine_words() {
             header.rmsnorm_epsilon,
         ];
         let hex = words.map(|word| u32::from_be_bytes(word.to_le_bytes()));
-        assert_eq!(
-            hex,
-            [
-                0x007c1248, 0x0000003d, 0xb6a45ebf, 0x4617dc3d, 0x865cac3f, 0xacc52737
-            ]
-        );
-        assert_eq!(
-            (
-                header.context_length,
-                header.swiglu_limit,
-                header.num_active_experts
-            ),
-            (131072, 7.0, 4)
-        );
-        assert_eq!(
-            (header.num_experts, header.num_heads, header.num_kv_heads),
-            (32, 64, 8)
-        );
-        assert_eq!(
-            (header.embedding_dim, header.mlp_dim, header.attention_window),
-            (2880, 2880, 128)
-        );
+        assert_eq!(hex, [0x007c1248, 0x0000003d, 0xb6a45ebf, 0x4617dc3d, 0x865cac3f, 0xacc52737]);
+        assert_eq!((header.context_length, header.swiglu_limit, header.num_active_experts), (131072, 7.0, 4));
+        assert_eq!((header.num_experts, header.num_heads, header.num_kv_heads), (32, 64, 8));
+        assert_eq!((header.embedding_dim, header.mlp_dim, header.attention_window), (2880, 2880, 128));
     }
 }
 
@@ -103,11 +85,7 @@ fn context_length_is_pythons_int_of_the_product() {
         (json!(3), json!(0.1), 0),
         (json!(4294967295u32), json!(1), 4294967295u32),
     ] {
-        let config = with(
-            with(original(), "initial_context_length", context),
-            "rope_scaling_factor",
-            factor,
-        );
+        let config = with(with(original(), "initial_context_length", context), "rope_scaling_factor", factor);
         match header(&config) {
             Ok(header) => assert_eq!(header.context_length, expected),
             Err(violations) => {
@@ -125,10 +103,8 @@ fn keys_of_both_transformers_generations_are_read() {
     newer["rope_parameters"]["rope_theta"] = json!(150000.0);
     assert_eq!(header(&newer).unwrap(), header(&hugging_face()).unwrap());
     // 4096 where neither place has it.
-    let absent = without(
-        without(newer, "initial_context_length"),
-        "rope_parameters.original_max_position_embeddings",
-    );
+    let absent =
+        without(without(newer, "initial_context_length"), "rope_parameters.original_max_position_embeddings");
     assert_eq!(header(&absent).unwrap(), header(&hugging_face()).unwrap());
 }
 
@@ -146,33 +122,13 @@ fn unfit_values_are_refused_under_their_key() {
         (original(), "rope_theta", json!(1e39), Rule::SourceConfig),
         (original(), "rope_scaling_factor", json!(0), Rule::SourceConfig),
         (original(), "rope_scaling_factor", json!(1e-5), Rule::SourceConfig),
-        (
-            original(),
-            "rope_scaling_factor",
-            json!(1e300),
-            Rule::SourceConfig,
-        ),
+        (original(), "rope_scaling_factor", json!(1e300), Rule::SourceConfig),
         (original(), "rope_ntk_alpha", json!(32), Rule::SourceConfig),
         (original(), "rope_ntk_alpha", json!(33), Rule::SourceConfig),
-        (
-            original(),
-            "initial_context_length",
-            json!(1e300),
-            Rule::SourceConfig,
-        ),
-        (
-            original(),
-            "initial_context_length",
-            json!(u64::MAX),
-            Rule::SourceConfig,
-        ),
+        (original(), "initial_context_length", json!(1e300), Rule::SourceConfig),
+        (original(), "initial_context_length", json!(u64::MAX), Rule::SourceConfig),
         (original(), "num_experts", json!(3), Rule::SourceExperts),
-        (
-            original(),
-            "experts_per_token",
-            json!(2),
-            Rule::SourceActiveExperts,
-        ),
+        (original(), "experts_per_token", json!(2), Rule::SourceActiveExperts),
         (original(), "hidden_size", json!(2881), Rule::SourceMultiple),
         (original(), "intermediate_size", json!(0), Rule::SourceMultiple),
         (original(), "head_dim", json!(128), Rule::SourceConfig),
@@ -182,91 +138,29 @@ fn unfit_values_are_refused_under_their_key() {
         (original(), "sliding_window", json!(0), Rule::SourceConfig),
         (original(), "swiglu_limit", json!(1e39), Rule::SourceConfig),
         (hugging_face(), "num_local_experts", json!(3), Rule::SourceExperts),
-        (
-            hugging_face(),
-            "num_experts_per_tok",
-            json!(8),
-            Rule::SourceActiveExperts,
-        ),
+        (hugging_face(), "num_experts_per_tok", json!(8), Rule::SourceActiveExperts),
         (hugging_face(), "rms_norm_eps", json!(1e-6), Rule::SourceConfig),
         (hugging_face(), "attention_bias", json!(false), Rule::SourceConfig),
-        (
-            hugging_face(),
-            "tie_word_embeddings",
-            json!(true),
-            Rule::SourceConfig,
-        ),
+        (hugging_face(), "tie_word_embeddings", json!(true), Rule::SourceConfig),
         (hugging_face(), "hidden_act", json!("gelu"), Rule::SourceConfig),
-        (
-            hugging_face(),
-            "rope_scaling.rope_type",
-            json!("linear"),
-            Rule::SourceConfig,
-        ),
-        (
-            hugging_face(),
-            "rope_scaling.truncate",
-            json!(true),
-            Rule::SourceConfig,
-        ),
-        (
-            hugging_face(),
-            "rope_scaling.factor",
-            json!(0),
-            Rule::SourceConfig,
-        ),
-        (
-            hugging_face(),
-            "rope_scaling.beta_slow",
-            json!(32),
-            Rule::SourceConfig,
-        ),
-        (
-            hugging_face(),
-            "rope_scaling.original_max_position_embeddings",
-            json!(8192),
-            Rule::SourceConfig,
-        ),
-        (
-            hugging_face(),
-            "layer_types",
-            json!(["full_attention", "sliding_attention"]),
-            Rule::SourceConfig,
-        ),
-        (
-            hugging_face(),
-            "layer_types",
-            json!(["sliding_attention"]),
-            Rule::SourceConfig,
-        ),
+        (hugging_face(), "rope_scaling.rope_type", json!("linear"), Rule::SourceConfig),
+        (hugging_face(), "rope_scaling.truncate", json!(true), Rule::SourceConfig),
+        (hugging_face(), "rope_scaling.factor", json!(0), Rule::SourceConfig),
+        (hugging_face(), "rope_scaling.beta_slow", json!(32), Rule::SourceConfig),
+        (hugging_face(), "rope_scaling.original_max_position_embeddings", json!(8192), Rule::SourceConfig),
+        (hugging_face(), "layer_types", json!(["full_attention", "sliding_attention"]), Rule::SourceConfig),
+        (hugging_face(), "layer_types", json!(["sliding_attention"]), Rule::SourceConfig),
         (hugging_face(), "layer_types", json!(7), Rule::SourceConfig),
     ];
-    let values = [
-        Value::Null,
-        json!(-1),
-        json!("7"),
-        json!(true),
-        json!([1]),
-        json!({}),
-    ];
+    let values = [Value::Null, json!(-1), json!("7"), json!(true), json!([1]), json!({})];
     let base = original();
-    for key in base
-        .as_object()
-        .unwrap()
-        .keys()
-        .filter(|key| *key != "vocab_size")
-    {
-        cases.extend(
-            values
-                .iter()
-                .map(|value| (original(), key.as_str(), value.clone(), Rule::SourceConfig)),
-        );
+    for key in base.as_object().unwrap().keys().filter(|key| *key != "vocab_size") {
+        cases
+            .extend(values.iter().map(|value| (original(), key.as_str(), value.clone(), Rule::SourceConfig)));
     }
     for (base, key, value, rule) in cases {
         let violations = header(&with(base, key, value.clone())).unwrap_err();
-        let violation = violations
-            .iter()
-            .find(|violation| violation.rule == rule && violation.field == key);
+        let violation = violations.iter().find(|violation| violation.rule == rule && violation.field == key);
         assert!(violation.is_some(), "{key} = {value}: {violations:?}");
         assert_eq!(violation.unwrap().section, "config.json");
     }
@@ -275,26 +169,16 @@ fn unfit_values_are_refused_under_their_key() {
 #[test]
 fn fractional_sizes_are_refused() {
     let violations = parse(&with(original(), "num_hidden_layers", json!(2.0))).unwrap_err();
-    assert_eq!(
-        (violations[0].rule, violations[0].field.as_str()),
-        (Rule::SourceConfig, "num_hidden_layers")
-    );
+    assert_eq!((violations[0].rule, violations[0].field.as_str()), (Rule::SourceConfig, "num_hidden_layers"));
 }
 
 #[test]
 fn each_missing_key_is_named() {
     let optional = ["vocab_size", "swiglu_limit", "experts_per_token"];
-    for key in original()
-        .as_object()
-        .unwrap()
-        .keys()
-        .filter(|key| !optional.contains(&key.as_str()))
-    {
+    for key in original().as_object().unwrap().keys().filter(|key| !optional.contains(&key.as_str())) {
         let violations = parse(&without(original(), key)).unwrap_err();
-        let found: Vec<_> = violations
-            .iter()
-            .map(|violation| (violation.rule, violation.field.as_str()))
-            .collect();
+        let found: Vec<_> =
+            violations.iter().map(|violation| (violation.rule, violation.field.as_str())).collect();
         assert_eq!(found, [(Rule::SourceConfig, key.as_str())]);
         assert_eq!(violations[0].found, "no such key");
     }
@@ -305,20 +189,10 @@ fn each_missing_key_is_named() {
 
 #[test]
 fn every_violation_of_a_config_is_listed() {
-    let config = with(
-        with(without(original(), "rope_ntk_beta"), "num_experts", json!(2)),
-        "hidden_size",
-        json!(33),
-    );
-    let rules: Vec<_> = parse(&config)
-        .unwrap_err()
-        .iter()
-        .map(|violation| violation.rule)
-        .collect();
-    assert_eq!(
-        rules,
-        [Rule::SourceMultiple, Rule::SourceExperts, Rule::SourceConfig]
-    );
+    let config =
+        with(with(without(original(), "rope_ntk_beta"), "num_experts", json!(2)), "hidden_size", json!(33));
+    let rules: Vec<_> = parse(&config).unwrap_err().iter().map(|violation| violation.rule).collect();
+    assert_eq!(rules, [Rule::SourceMultiple, Rule::SourceExperts, Rule::SourceConfig]);
 }
 
 /// Python's `json` reads and writes these words; they are no JSON.
@@ -334,11 +208,7 @@ fn text_that_is_no_json_names_the_key_before_the_error() {
         );
     }
     for text in ["", "[]", "{", "7", "{\"a\"", "\u{feff}{}", "{\"head_dim\"\n:\n\n"] {
-        assert_eq!(
-            Config::parse(text.as_bytes()).unwrap_err()[0].rule,
-            Rule::SourceConfig,
-            "{text}"
-        );
+        assert_eq!(Config::parse(text.as_bytes()).unwrap_err()[0].rule, Rule::SourceConfig, "{text}");
     }
     assert!(Config::parse(&[0xff, 0xfe]).is_err());
     assert!(Config::parse("[".repeat(100_000).as_bytes()).is_err());
@@ -381,55 +251,13 @@ fn round_configs_are_recovered_exactly() {
 fn what_no_config_gives_is_named() {
     let base = header(&original()).unwrap();
     let lost = |header: ModelHeader| recover(&header).lost;
-    assert_eq!(
-        lost(ModelHeader {
-            rmsnorm_epsilon: 1e-6,
-            ..base
-        }),
-        ["rmsnorm_epsilon"]
-    );
-    assert_eq!(
-        lost(ModelHeader {
-            num_active_experts: 5,
-            ..base
-        }),
-        ["num_active_experts"]
-    );
-    assert_eq!(
-        lost(ModelHeader {
-            yarn_multiplier: 2.0,
-            ..base
-        }),
-        ["yarn_multiplier"]
-    );
-    assert_eq!(
-        lost(ModelHeader {
-            context_length: 0,
-            ..base
-        }),
-        ["context_length"]
-    );
-    assert_eq!(
-        lost(ModelHeader {
-            rope_theta: f32::NAN,
-            ..base
-        }),
-        ["rope_theta"]
-    );
-    assert_eq!(
-        lost(ModelHeader {
-            embedding_dim: 31,
-            ..base
-        }),
-        ["embedding_dim"]
-    );
-    assert_eq!(
-        lost(ModelHeader {
-            swiglu_limit: f32::INFINITY,
-            ..base
-        }),
-        ["swiglu_limit"]
-    );
+    assert_eq!(lost(ModelHeader { rmsnorm_epsilon: 1e-6, ..base }), ["rmsnorm_epsilon"]);
+    assert_eq!(lost(ModelHeader { num_active_experts: 5, ..base }), ["num_active_experts"]);
+    assert_eq!(lost(ModelHeader { yarn_multiplier: 2.0, ..base }), ["yarn_multiplier"]);
+    assert_eq!(lost(ModelHeader { context_length: 0, ..base }), ["context_length"]);
+    assert_eq!(lost(ModelHeader { rope_theta: f32::NAN, ..base }), ["rope_theta"]);
+    assert_eq!(lost(ModelHeader { embedding_dim: 31, ..base }), ["embedding_dim"]);
+    assert_eq!(lost(ModelHeader { swiglu_limit: f32::INFINITY, ..base }), ["swiglu_limit"]);
 }
 
 fn any_float() -> impl Strategy<Value = f32> {
