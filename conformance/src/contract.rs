@@ -1,6 +1,6 @@
 //! Runs the cases against any implementation that has a command line.
 //!
-//! The contract: a command `CMD` for which
+//! The contract (also in `conformance/README.md`): a command `CMD` for which
 //!
 //! | call | must |
 //! |---|---|

@@ -54,3 +54,8 @@ pub mod vocabulary;
 
 pub use rules::Rule;
 pub use violation::{Error, Result, Violation};
+
+/// The example of the README is compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+pub struct Readme;

@@ -374,3 +374,25 @@ fn hugging_face(id: TensorId) -> String {
     };
     format!("model.layers.{}.{name}", id.block)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Without edits there is nothing to refuse; otherwise the target would look at refusals only.
+    #[test]
+    fn an_unedited_folder_of_each_layout_is_accepted() {
+        for layout in 0..3 {
+            let config = Text::Edited(Vec::new());
+            let (edits, values, index) = (Vec::new(), Vec::new(), Index::True);
+            let input =
+                Input { layout, quantize: true, blocks: true, shards: 2, config, index, edits, values };
+            let folder = scratch::folder();
+            input.write(folder.path());
+            let options = Options { vocabulary: tiny::vocabulary(), quantize: true };
+            let accepted = Folder::open(folder.path(), options).expect("a sound folder");
+            assert_eq!(accepted.layout() as u8, layout);
+            tiny::model_bin(&accepted).expect("an export");
+        }
+    }
+}

@@ -170,3 +170,19 @@ fn fields(header: &ModelHeader) -> impl Iterator<Item = (&'static str, u32)> {
     ]
     .into_iter()
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::tiny::Tiny;
+    use formats::canonical::Source;
+
+    use super::*;
+
+    #[test]
+    fn the_config_of_the_small_model_has_its_header() {
+        for blocks in 0..3 {
+            let config = Config::parse(tiny(blocks).text().as_bytes()).expect("a sound config");
+            assert_eq!(config.header().as_ref(), Ok(Tiny::new(blocks).header()));
+        }
+    }
+}

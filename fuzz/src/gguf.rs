@@ -240,3 +240,19 @@ impl Replacement {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Without edits there is nothing to refuse; otherwise the target would look at refusals only.
+    #[test]
+    fn an_unedited_file_is_accepted() {
+        for blocks in [false, true] {
+            let input = Input { blocks, edits: Vec::new(), cut: None, patches: Vec::new() };
+            let model = Model::from_bytes(Path::new("tiny.gguf"), input.apply()).expect("a sound file");
+            let exported = crate::tiny::model_bin(&model).expect("an export");
+            assert!(exported == crate::tiny::model_bin(&Tiny::new(blocks.into())).expect("an export"));
+        }
+    }
+}

@@ -4,8 +4,8 @@
 //! Each target states a property. A body panics where an input breaks it.
 //!
 //! # Inputs
-//! The readers of files take an input in two ways: as the file itself, and as instructions ([`edits`], or the
-//! structures of a target) that change a valid small model ([`tiny`]). So a few bytes reach what a file of 90 KB
+//! The readers of files take an input in two ways: as the file itself, and as instructions (`edits`, or the
+//! structures of a target) that change a valid small model (`tiny`). So a few bytes reach what a file of 90 KB
 //! would be needed for.
 
 mod accepted;

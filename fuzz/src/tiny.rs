@@ -111,3 +111,21 @@ pub(crate) fn model_bin(source: &dyn Source) -> Result<Vec<u8>> {
     write_to(source, &mut bytes, &())?;
     Ok(bytes.into_inner())
 }
+
+#[cfg(test)]
+mod tests {
+    use formats::model_bin::Depth;
+    use formats::model_bin::verify::verify;
+
+    use super::*;
+
+    /// What the targets change must be valid before.
+    #[test]
+    fn the_file_of_the_small_model_is_valid() {
+        for blocks in 0..3 {
+            let bytes = model_bin(&Tiny::new(blocks)).expect("an export");
+            let report = verify(&bytes, Depth::Full, &());
+            assert!(report.is_valid(), "{:?}", report.violations);
+        }
+    }
+}

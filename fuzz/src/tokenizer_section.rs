@@ -234,3 +234,22 @@ impl Tokens {
         (records(tokens), count)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A section that byte-pair encoding is compared on.
+    #[test]
+    fn a_section_of_joined_tokens_is_valid_and_encodes() {
+        let special = vec![Special::Known(5), Special::Zero];
+        let tokens = Tokens::Joined(vec![(b'a', b'b'), (128, b'c'), (128, 129)]);
+        let section = Section { special, regex: Pattern::Whole, tokens, wrong: None, text: String::new() };
+        let (bytes, vocabulary) = section.file();
+        assert!(verify(&bytes, Depth::Structure, &()).is_valid());
+        let tokenizer = Tokenizer::new(&vocabulary).expect("a tokenizer");
+        // ab, then abc, then abcab.
+        assert_eq!(tokenizer.encode("xabcabab"), Ok(vec![120, 258, 256]));
+        assert_eq!(merged(b"xabcabab", &vocabulary), [120, 258, 256]);
+    }
+}

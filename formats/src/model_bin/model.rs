@@ -12,6 +12,7 @@ use super::qkv::{self, Part};
 use super::tensors::{Dims, PieceId, Shape, TensorId};
 use super::verify::{Depth, Report, slice, verify};
 use crate::canonical::{Source, check_values};
+use crate::mxfp4;
 use crate::progress::Progress;
 use crate::violation::{Error, Result, Violation};
 use crate::vocabulary::Vocabulary;
@@ -233,7 +234,7 @@ impl Source for Verified {
             let content = stored(piece, within..within + run).filter(|content| content.len() == head.len());
             head.copy_from_slice(content.ok_or_else(outside)?);
             if id.kind.is_scales() {
-                head.iter_mut().for_each(|scale| *scale = scale.wrapping_sub(crate::mxfp4::SCALE_OFFSET));
+                head.iter_mut().for_each(|scale| *scale = scale.wrapping_sub(mxfp4::SCALE_OFFSET));
             }
             (row, out) = (row + run, tail);
         }
@@ -285,6 +286,18 @@ pub struct Mxfp4Matrix<'a> {
     pub blocks: &'a [u8],
     /// `[rows, columns / 32]`: as stored, 14 above the checkpoint's.
     pub scales: &'a [u8],
+}
+
+impl Mxfp4Matrix<'_> {
+    /// Decodes the matrix to f32, `[rows, columns]` row-major. In a file that was verified in structure only, a scale
+    /// out of range gives wrong values.
+    ///
+    /// # Errors
+    /// Where `out` does not hold rows × columns values.
+    pub fn decode(&self, out: &mut [f32]) -> Result<(), mxfp4::LengthMismatch> {
+        let scales: Vec<u8> = self.scales.iter().map(|scale| scale.wrapping_sub(mxfp4::SCALE_OFFSET)).collect();
+        mxfp4::decode(self.blocks, &scales, out)
+    }
 }
 
 /// The tensors of one expert in place.
