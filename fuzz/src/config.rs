@@ -79,8 +79,8 @@ struct Input {
     words: [u32; 17],
 }
 
-/// A config that is accepted gives a header without a broken rule. From any header a config is recovered which gives
-/// every field again but those that it lists as lost.
+/// A config that is accepted gives a header without a broken rule, from which a config is recovered that gives it
+/// again. From any header a config is recovered which gives every field again but those that it lists as lost.
 pub fn config(data: &[u8]) {
     check(data);
     let Some(input) = crate::instructions::<Input>(data) else { return };
@@ -116,6 +116,7 @@ fn check(json: &[u8]) {
             Ok(header) => {
                 assert_eq!(check_model_header(&header), []);
                 assert_eq!((header.head_dim, header.num_active_experts), (HEAD_DIM, NUM_ACTIVE_EXPERTS));
+                assert_eq!(recover(&header).lost, [""; 0], "of a header that the exporter may have written");
                 check_recovered(&header);
             }
             Err(violations) => assert!(!violations.is_empty()),

@@ -295,7 +295,8 @@ impl Mxfp4Matrix<'_> {
     /// # Errors
     /// Where `out` does not hold rows × columns values.
     pub fn decode(&self, out: &mut [f32]) -> Result<(), mxfp4::LengthMismatch> {
-        let scales: Vec<u8> = self.scales.iter().map(|scale| scale.wrapping_sub(mxfp4::SCALE_OFFSET)).collect();
+        let scales: Vec<u8> =
+            self.scales.iter().map(|scale| scale.wrapping_sub(mxfp4::SCALE_OFFSET)).collect();
         mxfp4::decode(self.blocks, &scales, out)
     }
 }
