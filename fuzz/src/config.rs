@@ -80,7 +80,7 @@ struct Input {
 }
 
 /// A config that is accepted gives a header without a broken rule, from which a config is recovered that gives it
-/// again. From any header a config is recovered which gives every field again but those that it lists as lost.
+/// again (unless α and β hardly differ). From any header a config is recovered which gives every field again but those that it lists as lost.
 pub fn config(data: &[u8]) {
     check(data);
     let Some(input) = crate::instructions::<Input>(data) else { return };
@@ -116,7 +116,14 @@ fn check(json: &[u8]) {
             Ok(header) => {
                 assert_eq!(check_model_header(&header), []);
                 assert_eq!((header.head_dim, header.num_active_experts), (HEAD_DIM, NUM_ACTIVE_EXPERTS));
-                assert_eq!(recover(&header).lost, [""; 0], "of a header that the exporter may have written");
+                // Beyond that, α and β agree in all the digits that their difference would need.
+                if (1e-5..1e5).contains(&header.yarn_scale) {
+                    assert_eq!(
+                        recover(&header).lost,
+                        [""; 0],
+                        "of a header that the exporter may have written"
+                    );
+                }
                 check_recovered(&header);
             }
             Err(violations) => assert!(!violations.is_empty()),

@@ -15,7 +15,8 @@ const RELEASED_CONTEXT: f64 = 4096.0;
 pub struct Recovered {
     /// The config in the original layout. It lacks `vocab_size`, which the header does not hold and nobody reads.
     pub json: Map<String, Value>,
-    /// The header fields that the config does not give again; empty for whatever the exporter may have written.
+    /// The header fields that the config does not give again; empty for whatever the exporter may have written, unless
+    /// α and β agree in eight digits, so that binary64 holds too little of their difference.
     pub lost: Vec<&'static str>,
 }
 
