@@ -831,6 +831,38 @@ fn links_may_not_lead_out_of_the_folder() {
     assert_refused(&refusal(dir.path()), Rule::SourceContainer, "model.safetensors");
 }
 
+#[cfg(unix)]
+#[test]
+fn a_snapshot_of_the_hugging_face_cache_may_link_into_its_store() {
+    use std::os::unix::fs::symlink;
+    let checkpoint = original().write();
+    let cache = TempDir::new().unwrap();
+    let snapshot = cache.path().join("models--openai--gpt-oss-20b/snapshots/6cee5e81");
+    let store = cache.path().join("models--openai--gpt-oss-20b/blobs");
+    fs::create_dir_all(&snapshot).unwrap();
+    fs::create_dir(&store).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(checkpoint.path().join(name), store.join(name)).unwrap();
+        symlink(Path::new("../../blobs").join(name), snapshot.join(name)).unwrap();
+    }
+    Folder::open(&snapshot, options()).unwrap();
+
+    // Anywhere else in the cache is outside, and so is a store that is itself a link.
+    let link = snapshot.join("model.safetensors");
+    fs::remove_file(&link).unwrap();
+    fs::copy(checkpoint.path().join("model.safetensors"), cache.path().join("elsewhere")).unwrap();
+    symlink("../../../elsewhere", &link).unwrap();
+    assert_refused(&refusal(&snapshot), Rule::SourceContainer, "model.safetensors");
+    fs::remove_dir_all(&store).unwrap();
+    symlink(checkpoint.path(), &store).unwrap();
+    fs::remove_file(&link).unwrap();
+    symlink("../../blobs/model.safetensors", &link).unwrap();
+    let found: Vec<_> =
+        refusal(&snapshot).into_iter().filter(|found| found.rule == Rule::SourceContainer).collect();
+    let files: Vec<&str> = found.iter().map(|found| found.section.as_str()).collect();
+    assert_eq!(files, ["config.json", "model.safetensors"]);
+}
+
 fn shard(header: &str, data: usize) -> Vec<u8> {
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
     file.extend(header.as_bytes());

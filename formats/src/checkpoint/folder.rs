@@ -280,8 +280,8 @@ struct Index {
 /// What the folder's files yield.
 struct Scan<'a> {
     dir: &'a Path,
-    /// The folder without symbolic links, to see whether a file lies inside it.
-    root: PathBuf,
+    /// Where files may lie, without symbolic links: the folder, and the store of a Hugging Face cache that it belongs to.
+    roots: Vec<PathBuf>,
     shards: Vec<Listed>,
     index: Option<Vec<(String, String)>>,
     violations: Vec<Violation>,
@@ -292,11 +292,21 @@ struct Scan<'a> {
     excused: HashSet<String>,
 }
 
+/// Hugging Face's cache holds a checkpoint as `models--OWNER--NAME/snapshots/REVISION`, a folder of links into
+/// `models--OWNER--NAME/blobs`. Links into that one folder are as safe as files.
+fn cache_store(snapshot: &Path) -> Option<PathBuf> {
+    let snapshots = snapshot.parent().filter(|parent| parent.ends_with("snapshots"))?;
+    let model = snapshots.parent()?;
+    let named = model.file_name()?.to_str()?.starts_with("models--");
+    named.then(|| fs::canonicalize(model.join("blobs")).ok().filter(|store| store.starts_with(model)))?
+}
+
 impl<'a> Scan<'a> {
     fn new(dir: &'a Path) -> Result<Scan<'a>> {
+        let root = fs::canonicalize(dir).map_err(Error::io(dir))?;
         Ok(Scan {
             dir,
-            root: fs::canonicalize(dir).map_err(Error::io(dir))?,
+            roots: cache_store(&root).into_iter().chain([root]).collect(),
             shards: Vec::new(),
             index: None,
             violations: Vec::new(),
@@ -340,7 +350,7 @@ impl<'a> Scan<'a> {
             }
             Err(error) => return Err(Error::Io { path, source: error }),
         };
-        if !resolved.starts_with(&self.root) {
+        if !self.roots.iter().any(|root| resolved.starts_with(root)) {
             let found = format!("a symbolic link to {}", resolved.display());
             let needed = "a file inside the folder (`cp -rL` copies a folder with what its links lead to)";
             self.refuse(Rule::SourceContainer, name, name, found, needed);
