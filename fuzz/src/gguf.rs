@@ -20,8 +20,16 @@ use crate::{accepted, bounded, scratch};
 struct Input {
     blocks: bool,
     edits: Vec<Edit>,
-    cut: Option<u32>,
+    cut: Cut,
     patches: Vec<(u32, Vec<u8>)>,
+}
+
+/// Where the file ends early.
+#[derive(Arbitrary, Debug)]
+enum Cut {
+    None,
+    At(u32),
+    Last(u8),
 }
 
 #[derive(Arbitrary, Debug)]
@@ -139,8 +147,10 @@ impl Input {
             let at = *at as usize % bytes.len();
             bytes[at..].iter_mut().zip(patch).for_each(|(byte, patch)| *byte = *patch);
         }
-        if let Some(cut) = self.cut {
-            bytes.truncate(cut as usize % bytes.len());
+        match self.cut {
+            Cut::None => {}
+            Cut::At(at) => bytes.truncate(at as usize % bytes.len()),
+            Cut::Last(count) => bytes.truncate(bytes.len() - usize::from(count)),
         }
         bytes
     }
@@ -249,7 +259,7 @@ mod tests {
     #[test]
     fn an_unedited_file_is_accepted() {
         for blocks in [false, true] {
-            let input = Input { blocks, edits: Vec::new(), cut: None, patches: Vec::new() };
+            let input = Input { blocks, edits: Vec::new(), cut: Cut::None, patches: Vec::new() };
             let model = Model::from_bytes(Path::new("tiny.gguf"), input.apply()).expect("a sound file");
             let exported = crate::tiny::model_bin(&model).expect("an export");
             assert!(exported == crate::tiny::model_bin(&Tiny::new(blocks.into())).expect("an export"));

@@ -29,7 +29,14 @@ struct Section {
     tokens: Tokens,
     /// Added to the counts and sizes of the tokenizer header.
     wrong: Option<[i8; 4]>,
-    text: String,
+    text: Text,
+}
+
+#[derive(Arbitrary, Debug)]
+enum Text {
+    Any(String),
+    /// Tokens one after the other, so that there is something to merge.
+    Tokens(Vec<u8>),
 }
 
 #[derive(Arbitrary, Debug)]
@@ -50,7 +57,7 @@ enum Pattern {
 enum Tokens {
     /// All single bytes, and these.
     Complete(Vec<Vec<u8>>),
-    /// All single bytes, and for each of these the join of two tokens before it.
+    /// All single bytes, and for each of these the join of two tokens before it: longer ones, or one of four letters.
     Joined(Vec<(u8, u8)>),
     Records(Vec<u8>),
 }
@@ -97,11 +104,12 @@ const PARTS: [&str; 32] = [
 pub fn tokenizer_section(data: &[u8]) {
     let Some(section) = crate::instructions::<Section>(data) else { return };
     let (bytes, vocabulary) = section.file();
+    let text = &section.text.of(&vocabulary);
     let report = bounded(bytes.len(), || verify(&bytes, Depth::Structure, &()));
     if !report.is_valid() {
         // No verified file, but a source may have such a vocabulary.
         if let Ok(tokenizer) = Tokenizer::new(&vocabulary) {
-            check_text(&tokenizer, &section.text);
+            check_text(&tokenizer, text);
         }
         return;
     }
@@ -112,13 +120,13 @@ pub fn tokenizer_section(data: &[u8]) {
     for (id, token) in (0..).zip(vocabulary.tokens()) {
         assert_eq!(tokenizer.token(id), token.ok());
     }
-    let error = check_text(&tokenizer, &section.text);
+    let error = check_text(&tokenizer, text);
     assert!(
         !matches!(error, Some(EncodeError::MissingByte { .. })),
         "{error:?}, of a vocabulary with all bytes"
     );
-    if vocabulary.regex == WHOLE && !section.text.is_empty() && section.text.len() <= 256 {
-        assert_eq!(tokenizer.encode(&section.text), Ok(merged(section.text.as_bytes(), &vocabulary)));
+    if vocabulary.regex == WHOLE && !text.is_empty() && text.len() <= 256 {
+        assert_eq!(tokenizer.encode(text), Ok(merged(text.as_bytes(), &vocabulary)));
     }
 }
 
@@ -186,6 +194,24 @@ impl Section {
     }
 }
 
+impl Text {
+    fn of(&self, vocabulary: &Vocabulary) -> String {
+        match self {
+            Text::Any(text) => text.clone(),
+            Text::Tokens(indices) => {
+                let tokens: Vec<Vec<u8>> = vocabulary.tokens().flatten().map(<[u8]>::to_vec).collect();
+                let bytes = indices
+                    .iter()
+                    .flat_map(|&index| pick(&tokens, index))
+                    .copied()
+                    .take(4096)
+                    .collect::<Vec<_>>();
+                String::from_utf8_lossy(&bytes).into_owned()
+            }
+        }
+    }
+}
+
 impl Special {
     fn uuid(&self) -> Uuid {
         match self {
@@ -208,6 +234,13 @@ impl Pattern {
     }
 }
 
+/// A token: with half of the indices one of the last, otherwise one of four letters.
+fn pick(tokens: &[Vec<u8>], index: u8) -> &[u8] {
+    let last = tokens.len().saturating_sub(1 + usize::from(index & 0x7f));
+    let at = if index < 128 { usize::from(b'a' + index % 4) } else { last };
+    tokens.get(at).map_or(&[], Vec::as_slice)
+}
+
 impl Tokens {
     /// The records, and how many they are meant to be.
     fn records(&self) -> (Vec<u8>, u32) {
@@ -216,12 +249,7 @@ impl Tokens {
             Tokens::Complete(more) => tokens.extend(more.iter().cloned()),
             Tokens::Joined(pairs) => {
                 for &(left, right) in pairs {
-                    // Half of the indices count from the end, where the longer tokens are.
-                    let token = |index: u8| match index {
-                        128.. => &tokens[tokens.len() - 1 - usize::from(index - 128)],
-                        _ => &tokens[usize::from(index)],
-                    };
-                    let joined = [&token(left)[..], token(right)].concat();
+                    let joined = [pick(&tokens, left), pick(&tokens, right)].concat();
                     if joined.len() <= 1024 && !tokens.contains(&joined) {
                         tokens.push(joined);
                     }
@@ -243,8 +271,9 @@ mod tests {
     #[test]
     fn a_section_of_joined_tokens_is_valid_and_encodes() {
         let special = vec![Special::Known(5), Special::Zero];
-        let tokens = Tokens::Joined(vec![(b'a', b'b'), (128, b'c'), (128, 129)]);
-        let section = Section { special, regex: Pattern::Whole, tokens, wrong: None, text: String::new() };
+        let tokens = Tokens::Joined(vec![(0, 1), (128, 2), (128, 129)]);
+        let section =
+            Section { special, regex: Pattern::Whole, tokens, wrong: None, text: Text::Any(String::new()) };
         let (bytes, vocabulary) = section.file();
         assert!(verify(&bytes, Depth::Structure, &()).is_valid());
         let tokenizer = Tokenizer::new(&vocabulary).expect("a tokenizer");

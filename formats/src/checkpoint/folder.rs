@@ -694,7 +694,8 @@ impl<'a> Resolver<'a> {
     /// A BF16 expert tensor. Blocks and scales both lead here; it is checked once.
     fn transposed(&mut self, id: TensorId, name: &str) -> Option<Origin> {
         if id.kind.is_scales() {
-            return self.bf16.iter().rfind(|part| part.name == name).cloned().map(Origin::Transposed);
+            // The scales follow their blocks at once.
+            return self.bf16.last().filter(|part| part.name == name).cloned().map(Origin::Transposed);
         }
         let (width, mlp) = (self.dims.embedding_dim(), self.dims.mlp_dim());
         let shape = match id.kind {
