@@ -25,6 +25,8 @@ use crate::vocabulary::{self, Vocabulary};
 
 const INDEX: &str = "model.safetensors.index.json";
 const SUFFIX: &str = ".safetensors";
+/// Bytes of a config: it is parsed whole, into many times its size, and real ones have two thousand.
+const MAX_CONFIG: u64 = 1 << 20;
 /// Missing tensors are listed up to this number: a config may demand any number of blocks.
 const MAX_MISSING: usize = 64;
 /// Unexpected tensors and other files are listed up to this number.
@@ -363,20 +365,20 @@ impl<'a> Scan<'a> {
         Ok(Some(path))
     }
 
-    fn json(&mut self, name: &str, rule: Rule) -> Result<Option<Vec<u8>>> {
+    fn json(&mut self, name: &str, rule: Rule, limit: u64) -> Result<Option<Vec<u8>>> {
         let Some(path) = self.file(name, rule)? else {
             return Ok(None);
         };
         let len = fs::metadata(&path).map_err(Error::io(&path))?.len();
-        if len > MAX_JSON {
-            self.refuse(rule, name, name, format!("{len} bytes"), "at most 100000000 bytes of JSON");
+        if len > limit {
+            self.refuse(rule, name, name, format!("{len} bytes"), &format!("at most {limit} bytes of JSON"));
             return Ok(None);
         }
         fs::read(&path).map(Some).map_err(Error::io(path))
     }
 
     fn config(&mut self) -> Result<Option<Config>> {
-        let Some(text) = self.json(config::FILE, Rule::SourceConfig)? else {
+        let Some(text) = self.json(config::FILE, Rule::SourceConfig, MAX_CONFIG)? else {
             return Ok(None);
         };
         let (config, violations) = Config::read(&text);
@@ -392,7 +394,7 @@ impl<'a> Scan<'a> {
             others.iter().map(String::as_str).filter(|name| !companions.contains(name)).collect();
         note_some(&mut self.notes, "ignored beside the checkpoint", &ignored);
 
-        if has_index && let Some(text) = self.json(INDEX, Rule::SourceContainer)? {
+        if has_index && let Some(text) = self.json(INDEX, Rule::SourceContainer, MAX_JSON)? {
             match serde_json::from_slice::<Index>(&text) {
                 Ok(Index { weight_map: Entries(entries) }) => self.index = Some(entries),
                 Err(error) => {

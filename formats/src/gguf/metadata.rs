@@ -12,6 +12,7 @@ use serde_json::{Map, Number};
 use super::container::{Array, Container, Entry, Value};
 use crate::checkpoint::config::{Config, recover};
 use crate::model_bin::header::ModelHeader;
+use crate::model_bin::verify::check_model_header;
 use crate::rules::Rule;
 use crate::violation::Violation;
 
@@ -102,10 +103,19 @@ pub(super) fn header(container: &Container) -> Result<ModelHeader, Vec<Violation
     if !violations.is_empty() {
         return Err(violations);
     }
-    match container.value(HEADER) {
-        Some(stored) => stored_header(container, stored),
-        None => computed_header(container),
+    let header = match container.value(HEADER) {
+        Some(stored) => stored_header(container, stored)?,
+        None => computed_header(container)?,
+    };
+    // Keys that agree with each other can still say what no header may say.
+    let broken = check_model_header(&header);
+    if broken.is_empty() {
+        return Ok(header);
     }
+    let refusal = |broken: Violation| {
+        violation(Rule::SourceConfig, HEADER, format!("{} {}", broken.field, broken.found), &broken.needed)
+    };
+    Err(broken.into_iter().map(refusal).collect())
 }
 
 /// The header that the file holds, if it is sound and the other keys are those that we write with it.
