@@ -57,11 +57,7 @@ struct Dump<'a> {
 impl Dump<'_> {
     fn span(&mut self, span: &Span, limits: Limits) -> io::Result<()> {
         match span.content {
-            Content::Field(FieldType::U32 | FieldType::F32 | FieldType::Text(_)) => {
-                let value = field_value(&span.content, slice(self.bytes, &span.range));
-                self.line(span.range.clone(), &format!("{} = {value}", span.name))
-            }
-            Content::Field(FieldType::Uuid) | Content::SpecialUuid => {
+            Content::Field(_) | Content::SpecialUuid => {
                 let value = field_value(&span.content, slice(self.bytes, &span.range));
                 self.line(span.range.clone(), &format!("{} = {value}", span.name))
             }
