@@ -35,9 +35,12 @@
 //! | [`model_bin`] | [`canonical`], [`rules`] |
 //! | [`checkpoint`], [`gguf`] | [`canonical`], [`mxfp4`], [`vocabulary`] |
 //! | [`digest`](mod@digest), [`compare`], [`unpack`] | [`canonical`] |
+//! | `command` (feature of this name, on by default) | all of them: the verbs of the command line |
 
 pub mod canonical;
 pub mod checkpoint;
+#[cfg(feature = "command")]
+pub mod command;
 pub mod compare;
 pub mod container;
 pub mod digest;

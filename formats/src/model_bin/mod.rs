@@ -6,9 +6,11 @@ pub mod layout;
 pub mod model;
 pub mod qkv;
 pub mod section;
+pub mod stored;
 pub mod tensors;
 pub mod verify;
 pub mod write;
 
 pub use model::Verified;
+pub use stored::{Stored, StoredOptions};
 pub use verify::{Depth, Report};

@@ -1,12 +1,15 @@
 //! `demo`: the way of a small built-in checkpoint through this command, each step as one would type it.
 
 use std::fs;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use formats::command::{CheckpointOptions, Console, Outcome, Talk, Verb};
+use formats::model_bin::dump::{self, Limits};
+use formats::model_bin::model::Bytes;
 
-use crate::terminal::{Console, Outcome};
-use crate::{CheckpointOptions, compare, convert, inspect};
+use crate::NAME;
 
 /// A Hugging Face checkpoint of 2 blocks, 4 experts, hidden 32 and 300 tokens, from `fixtures/checkpoints/hf`.
 const CHECKPOINT: [(&str, &[u8]); 3] = [
@@ -16,7 +19,7 @@ const CHECKPOINT: [(&str, &[u8]); 3] = [
 ];
 
 /// `modelbin demo`.
-pub fn demo(console: &Console, dst: Option<PathBuf>) -> Result<Outcome> {
+pub fn demo(dst: Option<PathBuf>) -> Result<Outcome> {
     let temporary = tempfile::tempdir()?;
     let folder = match dst {
         Some(folder) => {
@@ -26,50 +29,65 @@ pub fn demo(console: &Console, dst: Option<PathBuf>) -> Result<Outcome> {
         }
         None => temporary.path().to_path_buf(),
     };
-    let checkpoint = folder.join("checkpoint");
+    let [checkpoint, model, unpacked, again, gguf] =
+        ["checkpoint", "model.bin", "unpacked", "again.bin", "model.gguf"].map(|name| folder.join(name));
     fs::create_dir(&checkpoint)?;
     for (name, contents) in CHECKPOINT {
         fs::write(checkpoint.join(name), contents)?;
     }
-    println!(
+    let mut out = io::stdout();
+    writeln!(
+        out,
         "A synthetic Hugging Face checkpoint of GPT-OSS's architecture is in {}.\n",
         checkpoint.display()
-    );
+    )?;
 
-    let options = CheckpointOptions { vocab: None, quantize: false };
-    let [model, unpacked, again, gguf] =
-        ["model.bin", "unpacked", "again.bin", "model.gguf"].map(|name| folder.join(name));
+    let options = CheckpointOptions::default();
+    let export = |src: &Path, dst: &Path| Verb::Export {
+        src: src.into(),
+        dst: dst.into(),
+        checkpoint: options.clone(),
+    };
+    let diff = |a: &Path, b: &Path| Verb::Diff { a: a.into(), b: b.into(), checkpoint: options.clone() };
+    let verify = Verb::Verify {
+        file: model.clone(),
+        against: Some(checkpoint.clone()),
+        structure: false,
+        checkpoint: options.clone(),
+    };
+    let unpack = Verb::Unpack { file: model.clone(), dst: unpacked.clone() };
+    let convert = Verb::Convert { src: model.clone(), dst: gguf.clone(), checkpoint: options.clone() };
     let mut outcome = Outcome::Fine;
-    let mut step = |command: String, run: &dyn Fn() -> Result<Outcome>| -> Result<()> {
-        println!("$ modelbin {command}");
-        let found = run().with_context(|| command)?;
+    for (command, verb) in [
+        ("export -s checkpoint -d model.bin", export(&checkpoint, &model)),
+        ("verify model.bin --against checkpoint", verify),
+        ("unpack model.bin -d unpacked", unpack),
+        ("export -s unpacked -d again.bin", export(&unpacked, &again)),
+        ("diff model.bin again.bin", diff(&model, &again)),
+        ("convert model.bin -d model.gguf", convert),
+        ("diff model.bin checkpoint", diff(&model, &checkpoint)),
+        ("diff model.bin model.gguf", diff(&model, &gguf)),
+    ] {
+        writeln!(out, "$ {NAME} {command}")?;
+        // A clock of its own for each step.
+        let console = Console::new(NAME, &Talk { json: false, quiet: true });
+        let found = verb.run(&console).context(command)?;
         if found != Outcome::Fine {
             outcome = found;
         }
-        println!();
-        Ok(())
-    };
-    let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    step("export -s checkpoint -d model.bin".into(), &|| {
-        convert::export(console, &checkpoint, &model, &options)
-    })?;
-    step("verify model.bin --against checkpoint".into(), &|| {
-        compare::verify(console, &model, Some(&checkpoint), false, &options)
-    })?;
-    step("unpack model.bin -d unpacked".into(), &|| convert::unpack(console, &model, &unpacked))?;
-    step("export -s unpacked -d again.bin".into(), &|| {
-        convert::export(console, &unpacked, &again, &options)
-    })?;
-    step("diff model.bin again.bin".into(), &|| compare::diff(console, &model, &again, &options))?;
-    step("convert model.bin -d model.gguf".into(), &|| convert::convert(console, &model, &gguf, &options))?;
-    for other in [&checkpoint, &gguf] {
-        step(format!("diff model.bin {}", name(other)), &|| compare::diff(console, &model, other, &options))?;
+        writeln!(out)?;
     }
-    step("dump model.bin | head -n 24".into(), &|| inspect::head(&model, 24))?;
+    writeln!(out, "$ {NAME} dump model.bin | head -n 24")?;
+    let mut text = Vec::new();
+    dump::dump(&Bytes::map(&model)?, &mut text, Limits::default())?;
+    for line in String::from_utf8_lossy(&text).lines().take(24) {
+        writeln!(out, "{line}")?;
+    }
+    writeln!(out)?;
     match outcome {
-        Outcome::Fine => println!("Every step gave what it should."),
+        Outcome::Fine => writeln!(out, "Every step gave what it should.")?,
         Outcome::Differs => {
-            println!("A step found a difference: that is a bug of modelbin; please report it.")
+            writeln!(out, "A step found a difference: that is a bug of {NAME}; please report it.")?;
         }
     }
     Ok(outcome)

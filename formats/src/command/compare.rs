@@ -4,22 +4,22 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use anyhow::Result;
-use formats::canonical::Source;
-use formats::container::{self, Container};
-use formats::model_bin::model::Bytes;
-use formats::model_bin::{Depth, Verified, verify as check};
-use formats::{Violation, compare};
 use indicatif::HumanBytes;
 
-use crate::CheckpointOptions;
-use crate::terminal::{Console, Outcome, plural, print_violations, violations_json};
+use super::CheckpointOptions;
+use super::terminal::{Console, Outcome, plural, print_violations, violations_json};
+use crate::canonical::Source;
+use crate::container::{self, Container};
+use crate::model_bin::model::Bytes;
+use crate::model_bin::{Depth, Verified, verify as check};
+use crate::{Violation, compare, digest};
 
 /// Opens a model in any container.
 pub fn open(console: &Console, path: &Path, options: &CheckpointOptions) -> Result<Box<dyn Source>> {
     Ok(container::open(path, options.vocab.as_deref(), options.quantize, console)?)
 }
 
-/// `modelbin verify`.
+/// The verb `verify`.
 pub fn verify(
     console: &Console,
     file: &Path,
@@ -79,7 +79,7 @@ pub fn verify(
     Ok(Outcome::of(valid))
 }
 
-/// `modelbin diff`.
+/// The verb `diff`.
 pub fn diff(console: &Console, a: &Path, b: &Path, options: &CheckpointOptions) -> Result<Outcome> {
     let both_files =
         Container::detect(a)? == Container::ModelBin && Container::detect(b)? == Container::ModelBin;
@@ -108,10 +108,10 @@ pub fn diff(console: &Console, a: &Path, b: &Path, options: &CheckpointOptions) 
     Ok(Outcome::of(differences.is_empty()))
 }
 
-/// `modelbin digest`.
+/// The verb `digest`.
 pub fn digest(console: &Console, path: &Path, options: &CheckpointOptions) -> Result<Outcome> {
     let source = open(console, path, options)?;
-    let manifest = formats::digest::digest(&*source, console)?;
+    let manifest = digest::digest(&*source, console)?;
     console.done();
     let mut out = io::stdout().lock();
     if console.json {

@@ -1,12 +1,15 @@
-//! What the verbs share on the terminal: outcome, progress, lists of violations.
+//! What the verbs share on the terminal: outcome, progress, lists of violations, how a command ends.
 
 use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
 use std::sync::Mutex;
 use std::time::Instant;
 
-use formats::Violation;
-use formats::progress::Progress;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+
+use super::Talk;
+use crate::progress::Progress;
+use crate::{Error, Violation};
 
 /// How a verb that could run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,17 +29,68 @@ impl Outcome {
 
 /// How to talk: text or JSON, and progress on standard error: a bar on a terminal, a line per step elsewhere.
 pub struct Console {
+    /// The command that runs, for messages.
+    pub name: &'static str,
     /// Whether standard output holds one JSON document.
     pub json: bool,
-    quiet: bool,
+    /// Whether standard output holds one JSON document on each line, so that errors take one line, too.
+    pub json_lines: bool,
+    /// Whether standard error holds errors only.
+    pub quiet: bool,
     step: Mutex<Option<ProgressBar>>,
     started: Instant,
 }
 
 impl Console {
-    /// A console that starts its clock now.
-    pub fn new(json: bool, quiet: bool) -> Console {
-        Console { json, quiet, step: Mutex::new(None), started: Instant::now() }
+    /// A console of the command `name` that starts its clock now.
+    pub fn new(name: &'static str, talk: &Talk) -> Console {
+        Console {
+            name,
+            json: talk.json,
+            json_lines: false,
+            quiet: talk.quiet,
+            step: Mutex::new(None),
+            started: Instant::now(),
+        }
+    }
+
+    /// Says why the command could not do its work if it could not, and chooses the exit status.
+    ///
+    /// [`Error::Invalid`] is listed and is 1. A broken pipe is no failure: the reader has seen enough.
+    pub fn conclude(&self, result: anyhow::Result<Outcome>) -> ExitCode {
+        self.done();
+        let error = match result {
+            Ok(Outcome::Fine) => return ExitCode::SUCCESS,
+            Ok(Outcome::Differs) => return ExitCode::from(1),
+            Err(error) => error,
+        };
+        let broken_pipe = |cause: &(dyn std::error::Error + 'static)| {
+            cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+        };
+        if error.chain().any(broken_pipe) {
+            return ExitCode::SUCCESS;
+        }
+        let mut out = io::stdout();
+        let mut print = |document: serde_json::Value| {
+            if self.json_lines { writeln!(out, "{document}") } else { writeln!(out, "{document:#}") }
+        };
+        // Where these go nowhere, there is nobody left to tell; the status says it.
+        if let Some(Error::Invalid { path, violations }) = error.downcast_ref::<Error>() {
+            let _ = if self.json {
+                print(serde_json::json!({
+                    "path": path, "valid": false, "violations": violations_json(violations),
+                }))
+            } else {
+                eprint!("{}: ", path.display());
+                print_violations(&mut io::stderr(), violations)
+            };
+            return ExitCode::from(1);
+        }
+        if self.json {
+            let _ = print(serde_json::json!({ "error": format!("{error:#}") }));
+        }
+        eprintln!("{}: {error:#}", self.name);
+        ExitCode::from(2)
     }
 
     /// Removes the bar, so that text can follow.
@@ -77,6 +131,19 @@ impl Progress for Console {
         if let Some(bar) = &*self.bar() {
             bar.inc(bytes);
         }
+    }
+}
+
+/// Lets an interrupt or a request to terminate end the process with status 130, unfinished outputs removed.
+///
+/// Outputs are written beside their targets; a signal must not leave that behind.
+pub fn exit_on_interrupt(name: &str) {
+    let handler = ctrlc::set_handler(|| {
+        crate::output::remove_pending();
+        std::process::exit(130);
+    });
+    if let Err(error) = handler {
+        eprintln!("{name}: no handler for interrupts: {error}");
     }
 }
 

@@ -4,14 +4,14 @@ use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
 use anyhow::Result;
-use formats::model_bin::dump::{self, Limits, field_value};
-use formats::model_bin::model::Bytes;
-use formats::model_bin::section::{Content, SectionMap, Span};
 use indicatif::HumanBytes;
 
-use crate::terminal::{Console, Outcome};
+use super::terminal::{Console, Outcome};
+use crate::model_bin::dump::{self, Limits, field_value};
+use crate::model_bin::model::Bytes;
+use crate::model_bin::section::{Content, SectionMap, Span};
 
-/// `modelbin dump`.
+/// The verb `dump`.
 pub fn dump(file: &Path, limits: Limits) -> Result<Outcome> {
     let bytes = Bytes::map(file)?;
     let mut out = BufWriter::new(io::stdout().lock());
@@ -20,15 +20,7 @@ pub fn dump(file: &Path, limits: Limits) -> Result<Outcome> {
     Ok(Outcome::Fine)
 }
 
-/// The first lines of a dump.
-pub fn head(file: &Path, lines: usize) -> Result<Outcome> {
-    let mut text = Vec::new();
-    dump::dump(&Bytes::map(file)?, &mut text, Limits::default())?;
-    String::from_utf8_lossy(&text).lines().take(lines).for_each(|line| println!("{line}"));
-    Ok(Outcome::Fine)
-}
-
-/// `modelbin inspect`.
+/// The verb `inspect`.
 pub fn inspect(console: &Console, file: &Path, tensors: bool) -> Result<Outcome> {
     let bytes = Bytes::map(file)?;
     let map = SectionMap::read(&bytes);

@@ -4,23 +4,23 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use formats::canonical::Source;
-use formats::checkpoint::{Folder, Options};
-use formats::container::{self, Container};
-use formats::model_bin::layout::File;
-use formats::model_bin::section::SectionMap;
-use formats::model_bin::{Depth, Verified, write};
-use formats::{gguf, unpack as unpacking};
 use indicatif::HumanBytes;
 
-use crate::CheckpointOptions;
-use crate::compare::open;
-use crate::terminal::{Console, Outcome, plural};
+use super::CheckpointOptions;
+use super::compare::open;
+use super::terminal::{Console, Outcome, plural};
+use crate::canonical::Source;
+use crate::checkpoint::{Folder, Options};
+use crate::container::{self, Container};
+use crate::model_bin::layout::File;
+use crate::model_bin::section::SectionMap;
+use crate::model_bin::{Depth, Verified, write};
+use crate::{gguf, unpack as unpacking};
 
-/// `modelbin export`.
+/// The verb `export`.
 pub fn export(console: &Console, src: &Path, dst: &Path, options: &CheckpointOptions) -> Result<Outcome> {
     if !src.is_dir() {
-        bail!("{} is not a folder; to convert a GGUF file, use `modelbin convert`", src.display());
+        bail!("{} is not a folder; to convert a GGUF file, use `{} convert`", src.display(), console.name);
     }
     let vocabulary = container::vocabulary_for(src, options.vocab.as_deref())?;
     let folder = Folder::open(src, Options { vocabulary, quantize: options.quantize })?;
@@ -30,7 +30,7 @@ pub fn export(console: &Console, src: &Path, dst: &Path, options: &CheckpointOpt
     summary(console, &format!("{} layout", folder.layout()), &file, src, dst, &notes)
 }
 
-/// `modelbin convert`.
+/// The verb `convert`.
 pub fn convert(console: &Console, src: &Path, dst: &Path, options: &CheckpointOptions) -> Result<Outcome> {
     let container = Container::detect(src)?;
     let to_gguf = dst.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
@@ -58,7 +58,7 @@ pub fn convert(console: &Console, src: &Path, dst: &Path, options: &CheckpointOp
     Ok(Outcome::Fine)
 }
 
-/// `modelbin unpack`.
+/// The verb `unpack`.
 pub fn unpack(console: &Console, file: &Path, dst: &Path) -> Result<Outcome> {
     let (source, ambiguous): (Box<dyn Source>, _) = match Container::detect(file)? {
         Container::ModelBin => {

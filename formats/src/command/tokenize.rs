@@ -4,18 +4,18 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use formats::canonical::Source;
-use formats::model_bin::{Depth, Verified};
-use formats::tokenizer::Tokenizer;
-use formats::vocabulary::Vocabulary;
 
-use crate::terminal::{Console, Outcome};
+use super::terminal::{Console, Outcome};
+use crate::canonical::Source;
+use crate::model_bin::{Depth, Verified};
+use crate::tokenizer::Tokenizer;
+use crate::vocabulary::Vocabulary;
 
-/// `modelbin tokenize`.
+/// The verb `tokenize`.
 pub fn tokenize(
     console: &Console,
     model: Option<&Path>,
-    text: Option<String>,
+    text: Option<&str>,
     decode: bool,
     special: bool,
 ) -> Result<Outcome> {
@@ -25,7 +25,7 @@ pub fn tokenize(
     };
     console.done();
     let text = match text {
-        Some(text) => text,
+        Some(text) => text.to_owned(),
         None => {
             let mut text = String::new();
             io::stdin().read_to_string(&mut text).context("standard input")?;
