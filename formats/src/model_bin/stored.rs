@@ -57,7 +57,8 @@ impl Stored {
         let inner = match container {
             Container::ModelBin => Inner::File(Box::new(Verified::open(path, options.depth, progress)?)),
             Container::Checkpoint | Container::Gguf => {
-                let source = container::open(path, options.vocabulary.as_deref(), options.quantize, progress)?;
+                let source =
+                    container::open(path, options.vocabulary.as_deref(), options.quantize, progress)?;
                 let plan = Box::new(write::plan(source.as_ref())?);
                 source.check_values(progress)?;
                 Inner::Source { source, plan }
