@@ -1,1 +1,41 @@
-//! Will run GPT-OSS, ACE-Step and Matrix-Game 2 on Burn from the weights that `formats` has verified. Empty so far.
+//! Runs GPT-OSS on [Burn](https://burn.dev) from weights that `formats` has verified.
+//!
+//! # Architecture
+//!
+//! ```text
+//!                 backend      a device, chosen at run time: processor, wgpu, CUDA
+//!                    │
+//!   kernels ───────► nn        building blocks: attention, caches, RoPE, MXFP4 layers, experts
+//!                    │
+//!   formats ───► gpt_oss       loading, the model, sessions, generation ◄─── sampling
+//!                    │
+//!                 harmony      conversations ⇄ tokens
+//!                    │
+//!             command gptoss   chat, parity, bench, selftest, …
+//! ```
+//!
+//! | module | depends on |
+//! |---|---|
+//! | [`error`], [`backend`] | nothing |
+//! | [`kernels`] | `formats` for the decoding of MXFP4 on the processor |
+//! | [`nn`] | [`kernels`], [`backend`] |
+//! | [`gpt_oss`] | [`nn`], [`sampling`], `formats` |
+//! | [`harmony`] | `formats` for the vocabulary, the crate `openai-harmony` |
+//! | [`demo`], [`selftest`] | [`gpt_oss`], and the files of `fixtures` that they embed |
+//!
+//! What a model needs is decided once, from the header: [`gpt_oss::Residency`] says what will reside where and refuses
+//! what cannot fit, [`gpt_oss::Model`] then loads exactly that. [`gpt_oss::Session`] is one sequence of tokens, and
+//! [`harmony::Chat`] is what it says.
+
+pub mod backend;
+pub mod demo;
+pub mod error;
+pub mod gpt_oss;
+pub mod harmony;
+pub mod kernels;
+pub mod nn;
+pub mod sampling;
+pub mod selftest;
+mod user_cache;
+
+pub use error::{Error, Result};

@@ -1,0 +1,352 @@
+//! How turns are shown: text for people, JSON lines for programs.
+
+use std::io::{self, Write};
+
+use anstream::AutoStream;
+use anstyle::{AnsiColor, Style};
+use engine::gpt_oss::{Step, Stop};
+use engine::harmony::{Event, Header, Notice, Problem, ToolCall};
+use serde::Serialize;
+
+/// Numbers of a generation.
+#[derive(Clone, Debug, Serialize)]
+pub struct Stats {
+    /// How many generations these are the numbers of.
+    #[serde(skip)]
+    pub generations: usize,
+    /// Tokens of the prompt.
+    pub prompt: usize,
+    /// Those whose keys and values were in the cache.
+    pub reused: usize,
+    /// Those that were known and had to be computed again.
+    pub recomputed: usize,
+    /// Those that were new.
+    pub prefilled: usize,
+    /// Tokens that were generated.
+    pub generated: usize,
+    /// Why it ended; nothing if a text of --stop did it.
+    pub stop: Option<Stop>,
+    /// From the prompt to the first token.
+    pub prefill_seconds: f64,
+    /// From the first token to the last.
+    pub decode_seconds: f64,
+}
+
+impl Stats {
+    /// New and recomputed tokens of the prompt for each second.
+    pub fn prefill_rate(&self) -> f64 {
+        rate(self.recomputed + self.prefilled, self.prefill_seconds)
+    }
+
+    /// Tokens after the first for each second.
+    pub fn decode_rate(&self) -> f64 {
+        rate(self.generated.saturating_sub(self.generations), self.decode_seconds)
+    }
+
+    /// The numbers of several generations as those of one, which ended as the last did.
+    fn together(all: &[Stats]) -> Option<Stats> {
+        let (last, before) = all.split_last()?;
+        Some(before.iter().fold(last.clone(), |sum, it| Stats {
+            generations: sum.generations + it.generations,
+            prompt: sum.prompt + it.prompt,
+            reused: sum.reused + it.reused,
+            recomputed: sum.recomputed + it.recomputed,
+            prefilled: sum.prefilled + it.prefilled,
+            generated: sum.generated + it.generated,
+            stop: sum.stop,
+            prefill_seconds: sum.prefill_seconds + it.prefill_seconds,
+            decode_seconds: sum.decode_seconds + it.decode_seconds,
+        }))
+    }
+
+    /// Whether an interrupt ended it.
+    pub fn is_cancelled(&self) -> bool {
+        self.stop == Some(Stop::Cancelled)
+    }
+
+    /// One line for people.
+    pub fn line(&self) -> String {
+        let again = match self.recomputed {
+            0 => String::new(),
+            count => format!(", {count} computed again (no snapshot was nearer)"),
+        };
+        let decode = match self.generated {
+            0 | 1 => String::new(),
+            _ => format!(", {:.1} tokens/s", self.decode_rate()),
+        };
+        let prompt = match self.generations {
+            0 | 1 => "prompt".to_string(),
+            count => format!("{count} prompts"),
+        };
+        let why = match self.stop {
+            Some(Stop::Token(_)) => "",
+            Some(Stop::MaxTokens) => "; ended by --max-tokens",
+            Some(Stop::ContextFull) => "; the context is full (--context, or /reset)",
+            Some(Stop::Cancelled) => "; cancelled",
+            None => "; ended by --stop",
+        };
+        format!(
+            "{} tokens{decode}; {prompt} of {}: {} reused{again}, {} prefilled at {:.0} tokens/s{why}",
+            self.generated,
+            self.prompt,
+            self.reused,
+            self.prefilled,
+            self.prefill_rate(),
+        )
+    }
+}
+
+/// Units for each second, 0 where no time has passed.
+pub fn rate(count: usize, seconds: f64) -> f64 {
+    if seconds > 0.0 { count as f64 / seconds } else { 0.0 }
+}
+
+/// Someone who watches a turn.
+pub trait View {
+    /// A token was chosen; `text` is what is new of the text, special tokens by their names.
+    fn token(&mut self, step: &Step, text: &str) -> io::Result<()>;
+    /// Text that belongs to no conversation.
+    fn plain(&mut self, text: &str) -> io::Result<()>;
+    /// Something was understood.
+    fn event(&mut self, event: &Event) -> io::Result<()>;
+    /// A tool answered.
+    fn result(&mut self, call: &ToolCall, output: &str) -> io::Result<()>;
+    /// A generation is over; more may follow before there is an answer.
+    fn generated(&mut self, stats: &Stats) -> io::Result<()>;
+    /// There is an answer, or nothing more will come: the numbers of all its generations.
+    fn answered(&mut self, stats: &[Stats]) -> io::Result<()>;
+}
+
+/// Styles of the terminal; empty where it shall or can have none.
+#[derive(Clone, Copy, Default)]
+pub struct Styles {
+    /// Whether there are any.
+    pub on: bool,
+    /// What matters.
+    pub bold: Style,
+    /// What does not.
+    pub dim: Style,
+    /// Calls and their results.
+    pub call: Style,
+    /// What is wrong.
+    pub warning: Style,
+    /// What was found right.
+    pub good: Style,
+}
+
+impl Styles {
+    /// Those for standard output: none where it is no terminal, or with NO_COLOR.
+    pub fn of_stdout() -> Styles {
+        if AutoStream::choice(&io::stdout()) == anstream::ColorChoice::Never {
+            return Styles::default();
+        }
+        let color = |color: AnsiColor| Style::new().fg_color(Some(color.into()));
+        Styles {
+            on: true,
+            bold: Style::new().bold(),
+            dim: Style::new().dimmed(),
+            call: color(AnsiColor::Cyan),
+            warning: color(AnsiColor::Yellow),
+            good: color(AnsiColor::Green),
+        }
+    }
+}
+
+/// Text on standard output: channels by style, or by labels where there are no styles.
+pub struct Text {
+    styles: Styles,
+    /// Whether tokens are shown as they are.
+    pub raw: bool,
+    /// Whether nothing but the final answer is shown.
+    pub final_only: bool,
+    /// Whether statistics go to standard error.
+    pub with_stats: bool,
+    open: Option<Opened>,
+    at_line_start: bool,
+}
+
+/// The message that is being shown.
+struct Opened {
+    style: Style,
+    /// What begins each of its lines.
+    margin: &'static str,
+    shown: bool,
+}
+
+impl Text {
+    /// Shows everything, channels apart.
+    pub fn new() -> Text {
+        Text {
+            styles: Styles::of_stdout(),
+            raw: false,
+            final_only: false,
+            with_stats: true,
+            open: None,
+            at_line_start: true,
+        }
+    }
+
+    fn open(&mut self, header: &Header) -> io::Result<()> {
+        let styles = self.styles;
+        let channel = header.channel.as_deref().unwrap_or("no channel");
+        let recipient = header.recipient.as_deref().filter(|_| header.is_call());
+        let (style, margin, title) = match (recipient, channel) {
+            (Some(name), _) if styles.on => (styles.call, "│ ", format!("╭ {name}\n│ ")),
+            (Some(name), _) => (Style::new(), "", format!("[call {name}] ")),
+            (None, "analysis") if styles.on => (styles.dim, "", String::new()),
+            (None, "final") if styles.on => (styles.bold, "", String::new()),
+            (None, _) if styles.on => (Style::new().italic(), "", String::new()),
+            (None, channel) => (Style::new(), "", format!("[{channel}] ")),
+        };
+        let shown = !self.final_only || recipient.is_none() && channel == "final";
+        if shown {
+            self.fresh_line()?;
+            if !self.final_only {
+                write!(io::stdout(), "{style}{title}{style:#}")?;
+                self.at_line_start = title.is_empty();
+            }
+        }
+        self.open = Some(Opened { style, margin, shown });
+        Ok(())
+    }
+
+    fn delta(&mut self, text: &str) -> io::Result<()> {
+        let Some(Opened { style, margin, shown: true }) = &self.open else { return Ok(()) };
+        let mut out = io::stdout().lock();
+        for (index, line) in text.split('\n').enumerate() {
+            if index > 0 {
+                write!(out, "\n{style}{margin}{style:#}")?;
+            }
+            write!(out, "{style}{line}{style:#}")?;
+        }
+        self.at_line_start = text.ends_with('\n') && margin.is_empty();
+        out.flush()
+    }
+
+    /// Begins a line unless one has begun.
+    fn fresh_line(&mut self) -> io::Result<()> {
+        if !std::mem::replace(&mut self.at_line_start, true) {
+            writeln!(io::stdout())?;
+        }
+        io::stdout().flush()
+    }
+}
+
+impl View for Text {
+    fn token(&mut self, _: &Step, text: &str) -> io::Result<()> {
+        if self.raw { self.plain(text) } else { Ok(()) }
+    }
+
+    fn plain(&mut self, text: &str) -> io::Result<()> {
+        if text.is_empty() {
+            return Ok(());
+        }
+        self.at_line_start = text.ends_with('\n');
+        let mut out = io::stdout().lock();
+        out.write_all(text.as_bytes())?;
+        out.flush()
+    }
+
+    fn event(&mut self, event: &Event) -> io::Result<()> {
+        if self.raw {
+            return Ok(());
+        }
+        match event {
+            Event::Start(header) => self.open(header),
+            Event::Delta { text } => self.delta(text),
+            Event::End { .. } => match self.open.take() {
+                Some(Opened { shown: true, .. }) => self.fresh_line(),
+                _ => Ok(()),
+            },
+            Event::Notice(_) if self.final_only => Ok(()),
+            // The statistics say why.
+            Event::Notice(Notice { problem: Problem::Truncated, .. }) => self.fresh_line(),
+            Event::Notice(notice) => {
+                self.fresh_line()?;
+                let style = self.styles.warning;
+                writeln!(io::stdout(), "{style}[malformed] {notice}{style:#}")
+            }
+        }
+    }
+
+    fn result(&mut self, call: &ToolCall, output: &str) -> io::Result<()> {
+        if self.final_only {
+            return Ok(());
+        }
+        self.fresh_line()?;
+        let style = self.styles.call;
+        if self.styles.on {
+            let output = output.trim_end().replace('\n', "\n  ");
+            writeln!(io::stdout(), "{style}╰{style:#} {output}")
+        } else {
+            writeln!(io::stdout(), "[result {}] {output}", call.recipient)
+        }
+    }
+
+    fn generated(&mut self, _: &Stats) -> io::Result<()> {
+        self.fresh_line()
+    }
+
+    fn answered(&mut self, stats: &[Stats]) -> io::Result<()> {
+        if let Some(stats) = Stats::together(stats).filter(|_| self.with_stats) {
+            let style = self.styles.dim;
+            writeln!(anstream::stderr(), "{style}{}{style:#}", stats.line())?;
+        }
+        Ok(())
+    }
+}
+
+/// One JSON object on each line.
+pub struct Lines;
+
+impl Lines {
+    /// Writes one object.
+    pub fn write(value: &impl Serialize) -> io::Result<()> {
+        let mut line = serde_json::to_string(value)?;
+        line.push('\n');
+        let mut out = io::stdout().lock();
+        out.write_all(line.as_bytes())?;
+        out.flush()
+    }
+}
+
+impl View for Lines {
+    fn token(&mut self, step: &Step, text: &str) -> io::Result<()> {
+        let mut event = serde_json::json!({
+            "event": "token", "token": step.token, "text": text, "logprob": step.sampled.logprob,
+        });
+        if !step.sampled.top_logprobs.is_empty() {
+            let top = step.sampled.top_logprobs.iter();
+            event["top_logprobs"] = top
+                .map(|(token, logprob)| serde_json::json!({ "token": token, "logprob": logprob }))
+                .collect();
+        }
+        Lines::write(&event)
+    }
+
+    fn plain(&mut self, text: &str) -> io::Result<()> {
+        if text.is_empty() { Ok(()) } else { self.event(&Event::Delta { text: text.into() }) }
+    }
+
+    fn event(&mut self, event: &Event) -> io::Result<()> {
+        Lines::write(event)
+    }
+
+    fn result(&mut self, call: &ToolCall, output: &str) -> io::Result<()> {
+        Lines::write(&serde_json::json!({ "event": "result", "recipient": call.recipient, "output": output }))
+    }
+
+    fn answered(&mut self, _: &[Stats]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn generated(&mut self, stats: &Stats) -> io::Result<()> {
+        #[derive(Serialize)]
+        struct Done<'a> {
+            event: &'static str,
+            #[serde(flatten)]
+            stats: &'a Stats,
+        }
+        Lines::write(&Done { event: "done", stats })
+    }
+}

@@ -1,0 +1,93 @@
+//! What can go wrong, always with what to do about it.
+
+use std::fmt;
+
+use crate::backend::Backend;
+
+/// An error of this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A container could not be read or breaks a rule of its format.
+    #[error(transparent)]
+    Format(#[from] formats::Error),
+    /// The backend is not part of this build, or this machine has no device for it.
+    #[error("backend {backend}: {reason}")]
+    Backend {
+        /// What was asked for.
+        backend: Backend,
+        /// Why it cannot be had, and what to do.
+        reason: String,
+    },
+    /// A model that this engine cannot run, although its file is valid.
+    #[error("{field}: found {found}, needed {needed}")]
+    Model {
+        /// The field of the header or the option.
+        field: &'static str,
+        /// Its value.
+        found: String,
+        /// What would do.
+        needed: String,
+    },
+    /// The weights or the caches do not fit in memory.
+    #[error(
+        "{what}: {needed} needed, {available} available; {advice}",
+        needed = Bytes(*needed), available = Bytes(*available)
+    )]
+    Memory {
+        /// What was to reside there.
+        what: String,
+        /// Bytes that it needs.
+        needed: u64,
+        /// Bytes that there are.
+        available: u64,
+        /// Options that would make it fit.
+        advice: &'static str,
+    },
+    /// A token id outside the vocabulary.
+    #[error("token {token} at position {position}: the vocabulary has {vocabulary} tokens")]
+    Token {
+        /// The id.
+        token: u32,
+        /// Where it stands in the tokens given.
+        position: usize,
+        /// The number of ids.
+        vocabulary: usize,
+    },
+    /// A sequence longer than the context, or none at all.
+    #[error("a sequence of {length} tokens: needed 1 to {context} (the context length)")]
+    Length {
+        /// Tokens of the sequence.
+        length: usize,
+        /// Tokens that there is room for.
+        context: usize,
+    },
+    /// Sampling options outside their range.
+    #[error(transparent)]
+    SamplingOptions(#[from] crate::sampling::OptionsError),
+    /// No token could be drawn.
+    #[error(transparent)]
+    Sampling(#[from] crate::sampling::SampleError),
+    /// A conversation could not be rendered.
+    #[error(transparent)]
+    Harmony(#[from] crate::harmony::Error),
+    /// The device failed.
+    #[error("the device failed: {0}")]
+    Device(String),
+}
+
+/// The result of this crate's operations.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A number of bytes for people.
+pub struct Bytes(pub u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let units = [(1u64 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+        match units.iter().find(|(size, _)| self.0 >= *size) {
+            Some((size, unit)) => f.pad(&format!("{:.2} {unit}", self.0 as f64 / *size as f64)),
+            None => f.pad(&format!("{} B", self.0)),
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! Token after token.
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use burn::tensor::Tensor;
+
+use super::model::read;
+use super::session::Session;
+use crate::backend::Backend;
+use crate::error::{Error, Result};
+use crate::sampling::{self, Sampled, Sampler};
+
+/// What to generate.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    /// How tokens are chosen.
+    pub sampling: sampling::Options,
+    /// The largest number of tokens.
+    pub max_tokens: usize,
+    /// Tokens that end the text; the one that does is the last of the outcome.
+    pub stop: Vec<u32>,
+}
+
+/// One token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// Its id.
+    pub token: u32,
+    /// How probable it was, and what else was.
+    pub sampled: Sampled,
+    /// Its place among the generated tokens, from 0.
+    pub index: usize,
+}
+
+/// Why generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stop {
+    /// A stop token came.
+    Token(u32),
+    /// [`Request::max_tokens`] were generated.
+    MaxTokens,
+    /// The context is full.
+    ContextFull,
+    /// The callback said so.
+    Cancelled,
+}
+
+/// What was generated.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outcome {
+    /// The tokens, the stop token included. All but the last are in the session.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub stop: Stop,
+    /// From the first choice to the last.
+    pub elapsed: Duration,
+}
+
+/// Generates tokens after those of a session, whose `logits` (f32 `[vocabulary]`) its last advance gave. Each token is
+/// shown to `each` as soon as it is chosen, which can end it all.
+///
+/// The same request on the same session gives the same tokens on one backend: the numbers that decide depend on the
+/// seed and the place among the generated tokens only. A later request with the same seed draws the same numbers again.
+///
+/// # Errors
+/// [`Error::Device`] where the device fails, [`Error::SamplingOptions`] for options that make no sense, [`Error::Sampling`] where no
+/// token can be drawn.
+pub fn generate(
+    session: &mut Session<'_>,
+    mut logits: Tensor<1>,
+    request: &Request,
+    each: &mut dyn FnMut(&Step) -> ControlFlow<()>,
+) -> Result<Outcome> {
+    let start = Instant::now();
+    let mut sampler = Sampler::new(request.sampling.clone())?;
+    sampler.extend_prompt(session.tokens());
+    let on_processor = session.model().device().backend() == Backend::Cpu;
+    let mut tokens = Vec::new();
+    let stop = loop {
+        if tokens.len() == request.max_tokens {
+            break Stop::MaxTokens;
+        }
+        let sampled =
+            if on_processor { sampler.sample(&read(logits)?)? } else { sampler.sample_tensor(logits)? };
+        let step = Step { token: sampled.token, sampled, index: tokens.len() };
+        tokens.push(step.token);
+        let goes_on = each(&step);
+        if request.stop.contains(&step.token) {
+            break Stop::Token(step.token);
+        }
+        if goes_on.is_break() {
+            break Stop::Cancelled;
+        }
+        if session.room() == 0 {
+            break Stop::ContextFull;
+        }
+        logits = match session.advance(&[step.token]) {
+            Ok(logits) => logits,
+            Err(Error::Length { .. }) => break Stop::ContextFull,
+            Err(error) => return Err(error),
+        };
+    };
+    Ok(Outcome { tokens, stop, elapsed: start.elapsed() })
+}

@@ -1,0 +1,31 @@
+//! GPT-OSS: from a verified file to text.
+//!
+//! ```text
+//! formats::model_bin::Stored          a verified model.bin (mapped), or a checkpoint read through the same plan
+//!   │  residency::Residency           what will reside where, refused with the numbers where it cannot fit
+//!   │  load                           pieces go to the device as they are stored
+//!   ▼
+//! model::Model                        embedding → blocks (attention, experts) → unembedding
+//!   │  ▲ nn::cache::KvCache           one for each sequence: growing buffers and rings
+//!   ▼  │
+//! session::Session                    tokens so far, snapshots, going back, forks
+//!   │  sampling::Sampler
+//!   ▼
+//! generate::generate                  tokens, one at a time, to a callback
+//! ```
+//!
+//! The numerics are those of `gpt_oss/torch/model.py` 0.0.9, OpenAI's reference.
+
+pub mod config;
+pub mod generate;
+mod load;
+pub mod model;
+pub mod residency;
+pub mod session;
+
+pub use config::Config;
+pub use generate::{Outcome, Request, Step, Stop, generate};
+pub use load::{DeviceProgress, LoadOptions};
+pub use model::{Model, Sequence, Trace};
+pub use residency::Residency;
+pub use session::{Advance, Session};

@@ -1,0 +1,208 @@
+//! What will reside where, before anything is loaded.
+
+use std::fmt;
+
+use formats::model_bin::Stored;
+use formats::model_bin::tensors::{TensorId, TensorKind};
+
+use super::config::Config;
+use super::load::LoadOptions;
+use crate::backend::{Device, Float};
+use crate::error::{Bytes, Error, Result};
+use crate::nn::cache::CacheLayout;
+
+/// The memory that a model will take on a device.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Residency {
+    /// Where it will reside.
+    pub device: String,
+    /// What will reside there, weights first.
+    pub parts: Vec<Part>,
+    /// Tokens that the caches are counted for.
+    pub context: usize,
+    /// Bytes of a sequence's caches at once, and of each snapshot of it.
+    pub first_cache: u64,
+    /// Bytes of each snapshot of a sequence.
+    pub snapshot: u64,
+    /// Bytes in use while a layer is loaded, in host memory.
+    pub staging: u64,
+    /// Bytes that there are, where known.
+    pub available: Option<u64>,
+    /// What needs the largest buffers, and their bytes. (Embeddings are cut where they exceed the device's limit.)
+    pub largest_buffers: [(&'static str, u64); 2],
+    /// Bytes of the largest buffer that the device can have, where there is a limit.
+    pub max_buffer: Option<u64>,
+}
+
+/// One line of the plan.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Part {
+    /// What it is.
+    pub name: &'static str,
+    /// The type in which it resides.
+    pub stored_as: String,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+impl Residency {
+    /// Plans the loading of a model. Nothing is read but its header.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a model that the engine cannot run or options that the device does not support.
+    pub fn plan(stored: &Stored, options: &LoadOptions, device: &Device) -> Result<Residency> {
+        let config = Config::new(stored.header(), stored.dims())?;
+        let types = options.resolve(&config, device)?;
+        let dims = stored.dims();
+        let elements = |share: Share| -> u64 {
+            let ids = dims.tensors().filter(|id: &TensorId| Share::of(id.kind) == share);
+            ids.map(|id| id.kind.shape(dims).elements()).sum()
+        };
+        let packed = elements(Share::Experts);
+        let weight = |name, float: Float, count: u64| Part {
+            name,
+            stored_as: float.to_string(),
+            bytes: count * float.size(),
+        };
+        // A block of 32 values is 17 packed bytes.
+        let experts = match types.experts {
+            None => Part { name: "experts", stored_as: "MXFP4, packed".into(), bytes: packed },
+            Some(float) => weight("experts", float, packed / 17 * 32),
+        };
+        let cache = types.cache_layout(&config);
+        let parts = vec![
+            weight("embedding and unembedding", types.weights, elements(Share::Table)),
+            weight("attention and routers", types.weights, elements(Share::Matrix)),
+            weight("norms, biases, sinks", Float::F32, elements(Share::Vector)),
+            experts,
+            Part {
+                name: "caches of one full sequence",
+                stored_as: cache.float.to_string(),
+                bytes: cache.bytes(cache.context),
+            },
+        ];
+        // The gate and up projections of all experts, without their scales; dequantised ones have a buffer each.
+        let gate_up = 2 * config.mlp_dim as u64 * config.embedding_dim as u64;
+        let largest_expert_tensor = match types.experts {
+            None => config.num_experts as u64 * gate_up / 2,
+            Some(float) => gate_up * float.size(),
+        };
+        let layer_experts = if config.num_blocks == 0 { 0 } else { packed / config.num_blocks as u64 };
+        let table = config.vocabulary as u64 * config.embedding_dim as u64 * types.weights.size();
+        Ok(Residency {
+            device: format!("{} ({})", device.name(), device.backend()),
+            parts,
+            context: cache.context,
+            first_cache: cache.bytes(cache.context.min(256)),
+            snapshot: cache.snapshot_bytes(),
+            staging: layer_experts.max(table),
+            available: options.memory.or(device.memory()),
+            largest_buffers: [
+                ("the experts of a block", largest_expert_tensor),
+                ("the keys of a full sequence in a block", cache.token() / 2 * cache.context as u64),
+            ],
+            max_buffer: device.max_buffer(),
+        })
+    }
+
+    /// Bytes of the weights.
+    pub fn weights(&self) -> u64 {
+        self.parts[..self.parts.len() - 1].iter().map(|part| part.bytes).sum()
+    }
+
+    /// Bytes that must be there to begin with: weights and a short sequence. Long sequences take more as they grow.
+    pub fn needed(&self) -> u64 {
+        self.weights() + self.first_cache
+    }
+
+    /// Refuses what cannot fit.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] with the numbers.
+    pub fn check(&self) -> Result<()> {
+        let limit = self.max_buffer.unwrap_or(u64::MAX);
+        if let Some((name, bytes)) = self.largest_buffers.iter().find(|(_, bytes)| *bytes > limit) {
+            return Err(Error::Memory {
+                what: format!("{name} in one buffer of {}", self.device),
+                needed: *bytes,
+                available: limit,
+                advice: "the device limits the size of a buffer; use a smaller --context if it is the keys, or \
+                         another --backend",
+            });
+        }
+        match self.available {
+            Some(available) if available < self.needed() => Err(Error::Memory {
+                what: format!("the model on {}", self.device),
+                needed: self.needed(),
+                available,
+                advice: "keep the experts packed (no --dequantize), use --weights bf16 or f16 where the device has \
+                         it, or another --backend; --memory overrides what was found",
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What resides in the same way.
+#[derive(Clone, Copy, PartialEq)]
+enum Share {
+    Table,
+    Matrix,
+    /// Blocks and scales.
+    Experts,
+    /// Always f32.
+    Vector,
+}
+
+impl Share {
+    fn of(kind: TensorKind) -> Share {
+        match kind {
+            TensorKind::Embedding | TensorKind::Unembedding => Share::Table,
+            TensorKind::QkvWeight | TensorKind::OutWeight | TensorKind::GateWeight => Share::Matrix,
+            TensorKind::Mlp1Blocks
+            | TensorKind::Mlp1Scales
+            | TensorKind::Mlp2Blocks
+            | TensorKind::Mlp2Scales => Share::Experts,
+            _ => Share::Vector,
+        }
+    }
+}
+
+impl CacheLayout {
+    /// The caches of a model.
+    pub(super) fn of(config: &Config, float: Float, context: usize) -> CacheLayout {
+        CacheLayout {
+            kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+            float,
+            context,
+            windows: (0..config.num_blocks)
+                .map(|block| config.window(block).map(|window| window.min(context)))
+                .collect(),
+        }
+    }
+}
+
+impl fmt::Display for Residency {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "on {}:", self.device)?;
+        for part in &self.parts {
+            writeln!(f, "  {:>12}  {} ({})", Bytes(part.bytes).to_string(), part.name, part.stored_as)?;
+        }
+        let total = self.weights() + self.parts.last().map_or(0, |part| part.bytes);
+        let available = match self.available {
+            Some(bytes) => format!("{:>12}  available", Bytes(bytes).to_string()),
+            None => format!("{:>12}  available: the driver does not say", "?"),
+        };
+        writeln!(
+            f,
+            "  {:>12}  with {} tokens; {} at first, {} for each turn's snapshot, {} of the host's while loading",
+            Bytes(total).to_string(),
+            self.context,
+            Bytes(self.needed()),
+            Bytes(self.snapshot),
+            Bytes(self.staging),
+        )?;
+        writeln!(f, "  {available}")
+    }
+}

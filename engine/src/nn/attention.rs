@@ -1,0 +1,147 @@
+//! Attention with what GPT-OSS and its relatives need: grouped queries, sinks, a sliding window, an additive bias.
+
+use std::ops::Range;
+
+use burn::tensor::{Device, Int, Tensor};
+
+use super::bias::{BiasProvider, BiasRequest};
+
+/// Added to the score of a key that a query may not see: far below any score, and finite so that no device has to
+/// handle infinities.
+const HIDDEN: f32 = -1e30;
+
+/// Bytes that the scores of one step may take; longer queries are cut. Below the 128 MiB of the smallest devices.
+const SCORES: usize = 64 << 20;
+
+/// Scaled dot-product attention.
+#[derive(Clone, Default)]
+pub struct Attention<'a> {
+    /// The factor of the scores; `model.bin` has it in the weights already, so that 1 is right there.
+    pub scale: f32,
+    /// f32 `[heads]`: a logit per head that takes part in the softmax and has no value ("sink",
+    /// `gpt_oss/torch/model.py`).
+    pub sinks: Option<Tensor<1>>,
+    /// Added to the scores.
+    pub bias: Option<&'a dyn BiasProvider>,
+    /// Which layer the bias is told.
+    pub layer: usize,
+}
+
+/// The keys that queries meet, and which of them each query sees.
+#[derive(Clone, Debug)]
+pub struct Visibility {
+    /// Positions of the queries.
+    pub queries: Range<usize>,
+    /// Positions of the keys.
+    pub keys: Vec<usize>,
+    /// f32 `[1, queries, keys]`: 0 or [a large negative number](HIDDEN); `None` where all see all.
+    mask: Option<Tensor<3>>,
+}
+
+impl Visibility {
+    /// Causal attention: a query sees keys up to its own position, the last `window` of them where there is a window
+    /// (its own counts).
+    pub fn causal(
+        queries: Range<usize>,
+        keys: Vec<usize>,
+        window: Option<usize>,
+        device: &Device,
+    ) -> Visibility {
+        let (first, last) = (queries.start, queries.end.saturating_sub(1));
+        let sees_all = |query: usize| {
+            keys.iter().all(|&key| key <= query && window.is_none_or(|window| key + window > query))
+        };
+        let mask = (!(sees_all(first) && sees_all(last))).then(|| {
+            let ints = |positions: &mut dyn Iterator<Item = usize>| {
+                let positions: Vec<i32> = positions.map(|position| position as i32).collect();
+                Tensor::<1, Int>::from_data(positions.as_slice(), device)
+            };
+            let query = ints(&mut queries.clone()).unsqueeze_dim::<2>(1);
+            let key = ints(&mut keys.iter().copied()).unsqueeze_dim::<2>(0);
+            let size = [queries.len(), keys.len()];
+            let behind = query.expand(size) - key.expand(size);
+            let mut hidden = behind.clone().lower_elem(0);
+            if let Some(window) = window {
+                hidden = hidden.bool_or(behind.greater_equal_elem(window as i64));
+            }
+            Tensor::<2>::zeros(size, device).mask_fill(hidden, HIDDEN).unsqueeze_dim(0)
+        });
+        Visibility { queries, keys, mask }
+    }
+}
+
+impl Attention<'_> {
+    /// f32 queries `[tokens, heads, head_dim]` over f32 keys and values `[kv_heads, keys, head_dim]`:
+    /// f32 `[tokens, heads, head_dim]`. Query head `h` reads key head `h / (heads / kv_heads)`.
+    pub fn forward(&self, q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, visibility: &Visibility) -> Tensor<3> {
+        let [tokens, heads, _] = q.dims();
+        let keys = k.dims()[1];
+        let step = (SCORES / (4 * heads * keys).max(1)).clamp(1, tokens);
+        let k = k.swap_dims(1, 2);
+        let parts: Vec<Tensor<3>> = (0..tokens)
+            .step_by(step)
+            .map(|start| {
+                let rows = start..tokens.min(start + step);
+                let q = q.clone().narrow(0, start, rows.len());
+                self.rows(q, k.clone(), v.clone(), rows, visibility)
+            })
+            .collect();
+        match <[_; 1]>::try_from(parts) {
+            Ok([whole]) => whole,
+            Err(parts) => Tensor::cat(parts, 0),
+        }
+    }
+
+    fn rows(
+        &self,
+        q: Tensor<3>,
+        k: Tensor<3>,
+        v: Tensor<3>,
+        rows: Range<usize>,
+        seen: &Visibility,
+    ) -> Tensor<3> {
+        let [tokens, heads, head_dim] = q.dims();
+        let [kv_heads, _, keys] = k.dims();
+        let group = heads / kv_heads;
+        // The queries of a group become rows of one product: [kv_heads, group · tokens, head_dim].
+        let q = q.reshape([tokens, kv_heads, group, head_dim]).permute([1, 2, 0, 3]);
+        let q = q.reshape([kv_heads, group * tokens, head_dim]);
+        let mut scores = q.matmul(k).mul_scalar(self.scale).reshape([heads, tokens, keys]);
+        if let Some(bias) = self.bias {
+            let queries = seen.queries.start + rows.start..seen.queries.start + rows.end;
+            let request = BiasRequest { layer: self.layer, queries, keys: &seen.keys, heads };
+            scores = scores + bias.bias(&request, &v.device());
+        }
+        if let Some(mask) = &seen.mask {
+            scores = scores + mask.clone().narrow(1, rows.start, tokens);
+        }
+        let weights = softmax_with_sink(scores, self.sinks.clone());
+        let out = weights.reshape([kv_heads, group * tokens, keys]).matmul(v);
+        out.reshape([kv_heads, group, tokens, head_dim])
+            .permute([2, 0, 1, 3])
+            .reshape([tokens, heads, head_dim])
+    }
+}
+
+/// Softmax over the last axis of `[heads, queries, keys]` in which a sink logit `[heads]` takes part without being
+/// returned: `exp(s) / (Σ exp(s) + exp(sink))`.
+pub fn softmax_with_sink(scores: Tensor<3>, sinks: Option<Tensor<1>>) -> Tensor<3> {
+    let largest = scores.clone().max_dim(2);
+    let Some(sinks) = sinks else {
+        let weights = (scores - largest).exp();
+        let sum = weights.clone().sum_dim(2);
+        return weights / sum;
+    };
+    let heads = sinks.dims()[0];
+    let sinks = sinks.reshape([heads, 1, 1]).expand(largest.dims());
+    let largest = largest.max_pair(sinks.clone());
+    let weights = (scores - largest.clone()).exp();
+    let sum = weights.clone().sum_dim(2) + (sinks - largest).exp();
+    weights / sum
+}
+
+/// `exp(s) / (Σ exp(s) + 1)`, which can attend to nothing: [`softmax_with_sink`] with a sink of zero.
+pub fn quiet_softmax(scores: Tensor<3>) -> Tensor<3> {
+    let zero = Tensor::zeros([scores.dims()[0]], &scores.device());
+    softmax_with_sink(scores, Some(zero))
+}

@@ -1,0 +1,116 @@
+//! Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) with YaRN's frequencies (Peng et al. 2023,
+//! arXiv:2309.00071).
+
+use std::ops::Range;
+
+use burn::tensor::{Device, Tensor, TensorData};
+
+/// Which components of a head form a rotated pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pairing {
+    /// `(2i, 2i + 1)`: the order of `model.bin`.
+    Interleaved,
+    /// `(i, i + head_dim / 2)`: the order of the checkpoints.
+    HalfSplit,
+}
+
+/// Angles per position for each pair, and the factor by which YaRN lengthens what it rotates.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Frequencies {
+    /// Radians per position, one for each of the `head_dim / 2` pairs.
+    pub inverse: Vec<f64>,
+    /// YaRN's concentration, 1 without it.
+    pub concentration: f64,
+}
+
+/// The YaRN fields of a `model.bin` header, under its names.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Yarn {
+    /// Base of the frequencies.
+    pub rope_theta: f64,
+    /// `1 / scaling_factor`.
+    pub interpolation_scale: f64,
+    /// `−low / (high − low)` of the ramp over pair indices.
+    pub yarn_offset: f64,
+    /// `1 / (high − low)` of the ramp.
+    pub yarn_scale: f64,
+    /// The concentration.
+    pub yarn_multiplier: f64,
+}
+
+impl Frequencies {
+    /// Plain RoPE: `θ^(−2i / head_dim)`.
+    pub fn plain(rope_theta: f64, head_dim: usize) -> Frequencies {
+        let inverse = (0..head_dim / 2).map(|i| rope_theta.powf(-2.0 * i as f64 / head_dim as f64));
+        Frequencies { inverse: inverse.collect(), concentration: 1.0 }
+    }
+
+    /// YaRN: interpolated below the ramp's wavelengths, extrapolated above (`RotaryEmbedding` of
+    /// `gpt_oss/torch/model.py`).
+    pub fn yarn(yarn: &Yarn, head_dim: usize) -> Frequencies {
+        let plain = Frequencies::plain(yarn.rope_theta, head_dim);
+        let blend = |(i, extrapolated): (usize, f64)| {
+            let ramp = (i as f64 * yarn.yarn_scale + yarn.yarn_offset).clamp(0.0, 1.0);
+            extrapolated * (yarn.interpolation_scale * ramp + (1.0 - ramp))
+        };
+        let inverse = plain.inverse.into_iter().enumerate().map(blend).collect();
+        Frequencies { inverse, concentration: yarn.yarn_multiplier }
+    }
+
+    /// Cosines and sines of a range of positions, computed on the host in f64 so that every device rotates by the
+    /// same angles.
+    pub fn table(&self, positions: impl IntoIterator<Item = usize>, device: &Device) -> RotationTable {
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        let mut count = 0;
+        for position in positions {
+            count += 1;
+            for &inverse in &self.inverse {
+                let (s, c) = (position as f64 * inverse).sin_cos();
+                cos.push((c * self.concentration) as f32);
+                sin.push((s * self.concentration) as f32);
+            }
+        }
+        let tensor =
+            |values| Tensor::from_data(TensorData::new(values, [count, 1, self.inverse.len()]), device);
+        RotationTable { cos: tensor(cos), sin: tensor(sin) }
+    }
+
+    /// [`Frequencies::table`] of consecutive positions.
+    pub fn table_of(&self, positions: Range<usize>, device: &Device) -> RotationTable {
+        self.table(positions, device)
+    }
+}
+
+/// Cosines and sines, times the concentration, of some positions.
+#[derive(Clone, Debug)]
+pub struct RotationTable {
+    /// f32 `[tokens, 1, head_dim / 2]`.
+    pub cos: Tensor<3>,
+    /// f32 `[tokens, 1, head_dim / 2]`.
+    pub sin: Tensor<3>,
+}
+
+impl RotationTable {
+    /// Rotates each head of each token: f32 `[tokens, heads, head_dim]`.
+    pub fn rotate(&self, x: Tensor<3>, pairing: Pairing) -> Tensor<3> {
+        let [tokens, heads, head_dim] = x.dims();
+        let half = head_dim / 2;
+        let (a, b) = match pairing {
+            Pairing::HalfSplit => (x.clone().narrow(2, 0, half), x.narrow(2, half, half)),
+            Pairing::Interleaved => {
+                let pairs = x.reshape([tokens, heads, half, 2]);
+                let part = |i| pairs.clone().narrow(3, i, 1).squeeze_dim::<3>(3);
+                (part(0), part(1))
+            }
+        };
+        let (cos, sin) = (self.cos.clone(), self.sin.clone());
+        let first = a.clone() * cos.clone() - b.clone() * sin.clone();
+        let second = b * cos + a * sin;
+        match pairing {
+            Pairing::HalfSplit => Tensor::cat(vec![first, second], 2),
+            Pairing::Interleaved => {
+                Tensor::stack::<4>(vec![first, second], 3).reshape([tokens, heads, head_dim])
+            }
+        }
+    }
+}

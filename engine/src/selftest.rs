@@ -1,0 +1,183 @@
+//! Whether the numbers of a device can be trusted.
+//!
+//! A small model and what OpenAI's `gpt_oss/torch/model.py` computed with it are part of this crate
+//! (`fixtures/gpt-oss`, case `two-blocks`: window crossed, two groups of heads, eight experts). Running it on a device tells
+//! a broken driver from a model that says strange things.
+
+use std::fs;
+
+use formats::model_bin::{Stored, StoredOptions};
+use safetensors::{Dtype, SafeTensors};
+
+use crate::backend::{Device, Float};
+use crate::error::{Error, Result};
+use crate::gpt_oss::model::read;
+use crate::gpt_oss::{LoadOptions, Model, Sequence, Session, Trace};
+
+/// The model and its trace.
+const FILES: [(&str, &[u8]); 3] = [
+    ("config.json", include_bytes!("../../fixtures/gpt-oss/checkpoints/two-blocks/config.json")),
+    ("vocabulary.json", include_bytes!("../../fixtures/gpt-oss/checkpoints/two-blocks/vocabulary.json")),
+    ("model.safetensors", include_bytes!("../../fixtures/gpt-oss/checkpoints/two-blocks/model.safetensors")),
+];
+const TRACE: &[u8] = include_bytes!("../../fixtures/gpt-oss/traces/two-blocks.safetensors");
+
+/// Largest difference relative to the largest value that f32 results may show.
+const F32_BOUND: f64 = 1e-4;
+/// Half precision may err by this much more than the genuine module in bf16 (relative L2).
+const HALF_BOUND: f64 = 1.2;
+
+/// What a device was found to compute.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Report {
+    /// Name and backend.
+    pub device: String,
+    /// One line for each way of computing.
+    pub checks: Vec<Check>,
+}
+
+/// One way of computing the trace.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Check {
+    /// What was computed.
+    pub name: String,
+    /// The tensor that comes closest to its bound, or passes it.
+    pub worst_tensor: String,
+    /// Its error.
+    pub error: f64,
+    /// What the error may be.
+    pub bound: f64,
+}
+
+impl Check {
+    /// Whether every tensor is within its bound.
+    pub fn passed(&self) -> bool {
+        self.error <= self.bound
+    }
+}
+
+impl Report {
+    /// Whether every check passed.
+    pub fn is_trusted(&self) -> bool {
+        self.checks.iter().all(Check::passed)
+    }
+}
+
+/// Runs the trace on a device: in f32 with packed and with dequantised experts, token by token, and in each half
+/// precision that the device has.
+///
+/// # Errors
+/// [`Error::Device`] where the device fails outright, [`Error::Format`] where the temporary folder cannot be written.
+pub fn run(device: &Device) -> Result<Report> {
+    let folder = tempfile::tempdir().map_err(formats::Error::io("the temporary folder"))?;
+    for (name, bytes) in FILES {
+        let path = folder.path().join(name);
+        fs::write(&path, bytes).map_err(formats::Error::io(path))?;
+    }
+    let stored = Stored::open(folder.path(), &StoredOptions::default(), &())?;
+    let trace = SafeTensors::deserialize(TRACE).map_err(damaged)?;
+    let tokens: Vec<u32> = values(&trace, "tokens")?.into_iter().map(|token| token as u32).collect();
+    let f32_options =
+        LoadOptions { activations: Some(Float::F32), cache: Some(Float::F32), ..LoadOptions::default() };
+    let mut checks = Vec::new();
+    for dequantize in [false, true] {
+        let model = Model::load(&stored, &LoadOptions { dequantize, ..f32_options.clone() }, device, &())?;
+        let kind = if dequantize { "dequantised" } else { "packed" };
+        let errors = compute(&model, &tokens)?.into_iter().map(|(name, found)| {
+            let truth = values(&trace, &name)?;
+            Ok((name, largest_error(&found, &truth), F32_BOUND))
+        });
+        checks.push(worst(format!("f32, {kind} experts"), errors)?);
+        if !dequantize {
+            checks.push(token_by_token(&model, &tokens, &values(&trace, "logits")?)?);
+        }
+    }
+    let genuine = values(&trace, "bf16.errors")?;
+    for float in [Float::Bf16, Float::F16].into_iter().filter(|&float| device.supports(float)) {
+        let types = (Some(float), Some(float), Some(float));
+        let options =
+            LoadOptions { activations: types.0, weights: types.1, cache: types.2, ..LoadOptions::default() };
+        let model = Model::load(&stored, &options, device, &())?;
+        let errors = compute(&model, &tokens)?.into_iter().zip(&genuine).map(|((name, found), genuine)| {
+            let truth = values(&trace, &name)?;
+            Ok((name, l2_error(&found, &truth), HALF_BOUND * genuine + 1e-6))
+        });
+        checks.push(worst(format!("{float}, packed experts"), errors)?);
+    }
+    Ok(Report { device: format!("{} ({})", device.name(), device.backend()), checks })
+}
+
+/// Every tensor of the trace in the order of the computation, by its name there.
+fn compute(model: &Model, tokens: &[u32]) -> Result<Vec<(String, Vec<f32>)>> {
+    let mut trace = Trace::default();
+    let mut cache = model.new_cache();
+    let x = model.forward(&mut [Sequence { cache: &mut cache, tokens }], Some(&mut trace))?;
+    let mut named = Vec::new();
+    if let Some(embedding) = trace.embedding {
+        named.push(("embedding".to_string(), read(embedding)?));
+    }
+    for (block, (attention, output)) in trace.attention.into_iter().zip(trace.blocks).enumerate() {
+        named.push((format!("block.{block}.attn"), read(attention)?));
+        named.push((format!("block.{block}.mlp"), read(output)?));
+    }
+    named.push(("norm".into(), read(x.clone())?));
+    named.push(("logits".into(), read(model.unembed(x))?));
+    Ok(named)
+}
+
+fn token_by_token(model: &Model, tokens: &[u32], truth: &[f64]) -> Result<Check> {
+    let mut session = Session::new(model);
+    let rows = truth.chunks(model.config().vocabulary);
+    let errors = tokens.iter().zip(rows).map(|(&token, truth)| {
+        let found = read(session.advance(&[token])?)?;
+        Ok(("logits".to_string(), largest_error(&found, truth), F32_BOUND))
+    });
+    worst("f32, token by token".into(), errors)
+}
+
+/// The check whose tensor comes closest to its bound.
+fn worst(name: String, errors: impl Iterator<Item = Result<(String, f64, f64)>>) -> Result<Check> {
+    let mut check = Check { name, worst_tensor: String::new(), error: 0.0, bound: 1.0 };
+    for found in errors {
+        let (tensor, error, bound) = found?;
+        if check.worst_tensor.is_empty() || error / bound > check.error / check.bound {
+            check = Check { worst_tensor: tensor, error, bound, ..check };
+        }
+    }
+    Ok(check)
+}
+
+/// Infinite where anything is not finite.
+fn largest_error(found: &[f32], truth: &[f64]) -> f64 {
+    if found.len() != truth.len() || found.iter().any(|value| !value.is_finite()) {
+        return f64::INFINITY;
+    }
+    let largest = truth.iter().fold(0.0, |max: f64, value| max.max(value.abs()));
+    let differences = found.iter().zip(truth).map(|(&found, truth)| (f64::from(found) - truth).abs());
+    differences.fold(0.0, f64::max) / largest
+}
+
+/// ‖found − truth‖ / ‖truth‖, infinite where anything is not finite.
+fn l2_error(found: &[f32], truth: &[f64]) -> f64 {
+    if found.len() != truth.len() || found.iter().any(|value| !value.is_finite()) {
+        return f64::INFINITY;
+    }
+    let difference: f64 = found.iter().zip(truth).map(|(&f, t)| (f64::from(f) - t).powi(2)).sum();
+    (difference / truth.iter().map(|t| t * t).sum::<f64>()).sqrt()
+}
+
+fn values(trace: &SafeTensors<'_>, name: &str) -> Result<Vec<f64>> {
+    let tensor = trace.tensor(name).map_err(damaged)?;
+    let bytes = tensor.data();
+    Ok(match tensor.dtype() {
+        Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b).into()).collect(),
+        Dtype::F64 => bytes.as_chunks::<8>().0.iter().map(|&b| f64::from_le_bytes(b)).collect(),
+        Dtype::I32 => bytes.as_chunks::<4>().0.iter().map(|&b| i32::from_le_bytes(b).into()).collect(),
+        other => return Err(damaged(format!("{name} is {other:?}"))),
+    })
+}
+
+/// The trace is part of this crate, so this is a fault of the build.
+fn damaged(error: impl std::fmt::Display) -> Error {
+    Error::Device(format!("the built-in trace is damaged: {error}"))
+}

@@ -1,0 +1,155 @@
+//! The generation loop: what ends it, what it reports, what repeats.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use crate::devices::devices;
+use engine::backend::{Device, Float};
+use engine::gpt_oss::model::read;
+use engine::gpt_oss::{LoadOptions, Model, Outcome, Request, Session, Stop, generate};
+use engine::sampling::Options;
+use formats::model_bin::{Stored, StoredOptions};
+
+fn load(options: LoadOptions, device: &Device) -> Model {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/gpt-oss/checkpoints/two-blocks");
+    let stored = Stored::open(&path, &StoredOptions::default(), &()).unwrap();
+    Model::load(&stored, &options, device, &()).unwrap()
+}
+
+const PROMPT: [u32; 5] = [17, 250, 3, 99, 42];
+
+fn run(model: &Model, request: &Request) -> Outcome {
+    let mut session = Session::new(model);
+    let logits = session.advance(&PROMPT).unwrap();
+    generate(&mut session, logits, request, &mut |_| ControlFlow::Continue(())).unwrap()
+}
+
+fn request(sampling: Options, max_tokens: usize) -> Request {
+    Request { sampling, max_tokens, stop: vec![] }
+}
+
+/// The largest logit at each step, each time from the whole sequence.
+fn greedy_by_hand(model: &Model, count: usize) -> Vec<u32> {
+    let mut tokens = PROMPT.to_vec();
+    for _ in 0..count {
+        let mut cache = model.new_cache();
+        let logits = read(model.prefill(&mut cache, &tokens).unwrap()).unwrap();
+        let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
+        tokens.push(best as u32);
+    }
+    tokens.split_off(PROMPT.len())
+}
+
+#[test]
+fn greedy_text_is_that_of_the_largest_logits_on_every_device() {
+    let mut texts = Vec::new();
+    for device in devices() {
+        let options =
+            LoadOptions { activations: Some(Float::F32), cache: Some(Float::F32), ..LoadOptions::default() };
+        let model = load(options, &device);
+        let text = run(&model, &request(Options::greedy(), 40)).tokens;
+        assert_eq!(text, greedy_by_hand(&model, 40));
+        texts.push(text);
+    }
+    assert!(texts.windows(2).all(|pair| pair[0] == pair[1]));
+}
+
+#[test]
+fn a_seed_repeats_and_another_does_not() {
+    for device in devices() {
+        let model = load(LoadOptions::default(), &device);
+        let with_seed = |seed| {
+            let options = Options { seed, temperature: 1.5, ..Options::default() };
+            run(&model, &request(options, 30)).tokens
+        };
+        let first = with_seed(1);
+        assert_eq!(first, with_seed(1));
+        assert_ne!(first, with_seed(2));
+    }
+}
+
+#[test]
+fn a_stop_token_ends_the_text_and_is_part_of_it() {
+    let device = &devices()[0];
+    let model = load(LoadOptions::default(), device);
+    let text = run(&model, &request(Options::greedy(), 20)).tokens;
+    let stop = text[7];
+    let first = text.iter().position(|&token| token == stop).unwrap();
+    let outcome = run(&model, &Request { stop: vec![stop], ..request(Options::greedy(), 20) });
+    assert_eq!(outcome.tokens, text[..=first]);
+    assert_eq!(outcome.stop, Stop::Token(stop));
+}
+
+#[test]
+fn the_callback_sees_every_token_at_once_and_can_cancel() {
+    let device = &devices()[0];
+    let model = load(LoadOptions::default(), device);
+    let whole = run(&model, &request(Options::greedy(), 20));
+    assert_eq!(whole.stop, Stop::MaxTokens);
+    let mut session = Session::new(&model);
+    let logits = session.advance(&PROMPT).unwrap();
+    let mut seen = Vec::new();
+    let outcome = generate(&mut session, logits, &request(Options::greedy(), 20), &mut |step| {
+        assert_eq!(step.index, seen.len());
+        seen.push(step.token);
+        if seen.len() == 6 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })
+    .unwrap();
+    assert_eq!(outcome.stop, Stop::Cancelled);
+    assert_eq!(seen, whole.tokens[..6]);
+    assert_eq!(outcome.tokens, seen);
+    // The last token is not in the session: nothing was computed for it.
+    assert_eq!(session.tokens()[PROMPT.len()..], seen[..5]);
+}
+
+#[test]
+fn a_full_context_ends_the_text() {
+    let device = &devices()[0];
+    let model = load(LoadOptions { context: Some(12), ..LoadOptions::default() }, device);
+    let outcome = run(&model, &request(Options::greedy(), 100));
+    assert_eq!(outcome.stop, Stop::ContextFull);
+    // Seven more fit; the eighth was chosen from the logits of the last one.
+    assert_eq!(outcome.tokens.len(), 8);
+}
+
+#[test]
+fn log_probabilities_are_those_of_the_model() {
+    for device in devices() {
+        let model = load(LoadOptions { cache: Some(Float::F32), ..LoadOptions::default() }, &device);
+        let options = Options { temperature: 0.7, top_k: 20, top_logprobs: 3, seed: 5, ..Options::default() };
+        let mut session = Session::new(&model);
+        let logits = session.advance(&PROMPT).unwrap();
+        let mut steps = Vec::new();
+        generate(&mut session, logits, &request(options, 8), &mut |step| {
+            steps.push(step.clone());
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        let mut tokens = PROMPT.to_vec();
+        for step in steps {
+            let mut cache = model.new_cache();
+            let logits = read(model.prefill(&mut cache, &tokens).unwrap()).unwrap();
+            let sum: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
+            let logprob = |token: u32| f64::from(logits[token as usize]) - sum.ln();
+            assert!((f64::from(step.sampled.logprob) - logprob(step.token)).abs() < 1e-3);
+            assert_eq!(step.sampled.top_logprobs.len(), 3);
+            for &(token, found) in &step.sampled.top_logprobs {
+                assert!((f64::from(found) - logprob(token)).abs() < 1e-3);
+            }
+            let best = step.sampled.top_logprobs[0].1;
+            assert!(logits.iter().all(|&logit| f64::from(logit) - sum.ln() <= f64::from(best) + 1e-3));
+            tokens.push(step.token);
+        }
+    }
+}
+
+#[test]
+fn options_that_make_no_sense_are_errors() {
+    let device = &devices()[0];
+    let model = load(LoadOptions::default(), device);
+    let mut session = Session::new(&model);
+    let logits = session.advance(&PROMPT).unwrap();
+    let options = Options { top_p: f32::NAN, ..Options::default() };
+    let result = generate(&mut session, logits, &request(options, 1), &mut |_| ControlFlow::Continue(()));
+    assert!(matches!(result, Err(engine::Error::SamplingOptions(_))));
+}

@@ -1,0 +1,9 @@
+//! The model and what it is made of, on every device that is there.
+
+mod config;
+mod devices;
+mod generate;
+mod nn;
+mod numerics;
+mod sampling;
+mod session;

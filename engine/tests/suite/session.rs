@@ -1,0 +1,202 @@
+//! Sequences in pieces, batches, going back and forking give what one pass over the whole sequence gives.
+
+use std::path::{Path, PathBuf};
+
+use crate::devices::devices;
+use engine::backend::{Device, Float};
+use engine::gpt_oss::model::read;
+use engine::gpt_oss::{LoadOptions, Model, Sequence, Session};
+use formats::model_bin::{Stored, StoredOptions};
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/gpt-oss/checkpoints").join(name)
+}
+
+fn load(name: &str, options: &LoadOptions, device: &Device) -> Model {
+    let stored = Stored::open(&fixture(name), &StoredOptions::default(), &()).unwrap();
+    Model::load(&stored, options, device, &()).unwrap()
+}
+
+fn f32_caches() -> LoadOptions {
+    LoadOptions { activations: Some(Float::F32), cache: Some(Float::F32), ..LoadOptions::default() }
+}
+
+fn tokens(count: usize, seed: u32) -> Vec<u32> {
+    (0..count as u32).map(|i| (i * i * 7 + i * 31 + seed * 101) % 256).collect()
+}
+
+/// All logits in one pass, `[positions][vocabulary]`.
+fn whole(model: &Model, tokens: &[u32]) -> Vec<Vec<f32>> {
+    let mut cache = model.new_cache();
+    let x = model.forward(&mut [Sequence { cache: &mut cache, tokens }], None).unwrap();
+    let vocabulary = model.config().vocabulary;
+    read(model.unembed(x)).unwrap().chunks(vocabulary).map(<[f32]>::to_vec).collect()
+}
+
+/// The tolerance of f32 results against each other.
+const TOLERANCE: f32 = 2e-5;
+
+#[track_caller]
+fn assert_close(found: &[f32], truth: &[f32], what: &str) {
+    assert_eq!(found.len(), truth.len());
+    let largest = truth.iter().fold(0.0f32, |max, value| max.max(value.abs()));
+    let worst = found.iter().zip(truth).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(worst <= TOLERANCE * largest, "{what}: {worst:e} of {largest}");
+    assert!(found.iter().all(|value| value.is_finite()));
+}
+
+#[test]
+fn chunks_and_single_tokens_equal_one_pass() {
+    for device in devices() {
+        for name in ["two-blocks", "three-blocks"] {
+            let model = load(name, &f32_caches(), &device);
+            let tokens = tokens(70, 1);
+            let truth = whole(&model, &tokens);
+            // Pieces shorter and longer than the window of 16 or 8, and ones that wrap the ring twice.
+            for pieces in [vec![1; 70], vec![1, 15, 1, 16, 17, 20], vec![3, 67], vec![40, 1, 1, 28]] {
+                let mut session = Session::new(&model);
+                for piece in pieces {
+                    let start = session.tokens().len();
+                    let logits = session.advance(&tokens[start..start + piece]).unwrap();
+                    let end = session.tokens().len();
+                    assert_close(&read(logits).unwrap(), &truth[end - 1], &format!("{name} after {end}"));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_batch_of_sequences_of_different_length_equals_each_alone() {
+    for device in devices() {
+        let model = load("two-blocks", &f32_caches(), &device);
+        let sequences = [tokens(33, 2), tokens(1, 3), tokens(20, 4)];
+        let mut caches: Vec<_> = sequences.iter().map(|_| model.new_cache()).collect();
+        // A first pass over most of each, a second over the rest, in one batch each time.
+        for part in 0..2 {
+            let cut = |tokens: &[u32]| tokens.len() * 2 / 3;
+            let parts: Vec<&[u32]> = sequences
+                .iter()
+                .map(|tokens| if part == 0 { &tokens[..cut(tokens)] } else { &tokens[cut(tokens)..] })
+                .collect();
+            let mut batch: Vec<Sequence<'_>> = caches
+                .iter_mut()
+                .zip(&parts)
+                .filter(|(_, tokens)| !tokens.is_empty())
+                .map(|(cache, tokens)| Sequence { cache, tokens })
+                .collect();
+            let x = model.forward(&mut batch, None).unwrap();
+            let logits = read(model.unembed(x)).unwrap();
+            let mut rows = logits.chunks(model.config().vocabulary);
+            for (tokens, new) in sequences.iter().zip(&parts) {
+                let truth = whole(&model, tokens);
+                let start = if part == 0 { 0 } else { cut(tokens) };
+                for truth in &truth[start..start + new.len()] {
+                    assert_close(rows.next().unwrap(), truth, "a row of the batch");
+                }
+            }
+            assert!(rows.next().is_none());
+        }
+    }
+}
+
+#[test]
+fn going_back_to_a_snapshot_is_free_and_elsewhere_recomputes() {
+    for device in devices() {
+        let model = load("two-blocks", &f32_caches(), &device);
+        let first = tokens(50, 5);
+        let mut session = Session::new(&model);
+        session.advance(&first[..30]).unwrap();
+        session.snapshot();
+        session.advance(&first[30..]).unwrap();
+        assert_eq!(session.snapshots().collect::<Vec<_>>(), [0, 30]);
+
+        // A turn whose analysis is dropped: the common prefix ends at the snapshot.
+        let mut second = first[..30].to_vec();
+        second.extend(tokens(25, 6));
+        assert_ne!(first[30], second[30]);
+        let mut fork = session.fork();
+        let advance = session.advance_to(&second).unwrap();
+        assert_eq!((advance.reused, advance.recomputed, advance.prefilled), (30, 0, 25));
+        assert_close(&read(advance.logits).unwrap(), &whole(&model, &second)[54], "after the snapshot");
+
+        // Elsewhere: back to the snapshot, and on from there.
+        let rollback = fork.rollback(41).unwrap();
+        assert_eq!((rollback.len, rollback.recomputed), (41, 11));
+        let logits = fork.advance(&first[41..45]).unwrap();
+        assert_close(&read(logits).unwrap(), &whole(&model, &first)[44], "after a rollback");
+        assert_eq!(fork.tokens(), &first[..45]);
+
+        // Before the snapshot: from the start.
+        let rollback = fork.rollback(7).unwrap();
+        assert_eq!((rollback.len, rollback.recomputed), (7, 7));
+        let advance = fork.advance_to(&first[..7]).unwrap();
+        assert_eq!((advance.reused, advance.recomputed, advance.prefilled), (0, 6, 1));
+        assert_close(&read(advance.logits).unwrap(), &whole(&model, &first)[6], "the same again");
+        assert!(fork.rollback(8).is_err());
+
+        // What the fork did has not touched the session.
+        let logits = session.advance(&[9]).unwrap();
+        second.push(9);
+        assert_close(&read(logits).unwrap(), &whole(&model, &second)[55], "the session beside its fork");
+    }
+}
+
+#[test]
+fn forks_share_the_past_and_go_their_own_ways() {
+    let device = &devices()[0];
+    let model = load("four-blocks", &f32_caches(), device);
+    let past = tokens(40, 7);
+    let mut session = Session::new(&model);
+    session.advance(&past).unwrap();
+    let mut forks: Vec<_> = (0..3).map(|_| session.fork()).collect();
+    // Interleaved, so that one that wrote into another's buffers would be seen.
+    for step in 0..20 {
+        for (index, fork) in forks.iter_mut().enumerate() {
+            let logits = fork.advance(&[(step * 7 + index as u32 * 50) % 256]).unwrap();
+            let truth = whole(&model, fork.tokens());
+            assert_close(&read(logits).unwrap(), truth.last().unwrap(), "a fork");
+        }
+    }
+}
+
+#[test]
+fn a_session_states_its_limits() {
+    let device = &devices()[0];
+    let options = LoadOptions { context: Some(20), ..f32_caches() };
+    let model = load("two-blocks", &options, device);
+    let mut session = Session::new(&model);
+    assert!(matches!(session.advance(&[]), Err(engine::Error::Length { length: 0, .. })));
+    assert!(matches!(
+        session.advance(&tokens(21, 8)),
+        Err(engine::Error::Length { length: 21, context: 20 })
+    ));
+    let outside = model.config().vocabulary as u32;
+    assert!(matches!(session.advance(&[1, outside]), Err(engine::Error::Token { position: 1, .. })));
+    assert!(session.tokens().is_empty());
+    session.advance(&tokens(20, 8)).unwrap();
+    assert_eq!(session.room(), 0);
+    assert!(session.advance(&[1]).is_err());
+    assert!(session.advance_to(&tokens(20, 8)).is_ok());
+}
+
+#[test]
+fn half_precision_caches_stay_close() {
+    for device in devices() {
+        let model = load("two-blocks", &f32_caches(), &device);
+        let tokens = tokens(48, 9);
+        let truth = whole(&model, &tokens);
+        let types = [(Float::F16, 3e-3f32), (Float::Bf16, 3e-2)];
+        for (cache, tolerance) in types.into_iter().filter(|(float, _)| device.supports(*float)) {
+            let options = LoadOptions { cache: Some(cache), ..f32_caches() };
+            let model = load("two-blocks", &options, &device);
+            let mut session = Session::new(&model);
+            session.advance(&tokens[..20]).unwrap();
+            let logits = read(session.advance(&tokens[20..]).unwrap()).unwrap();
+            let largest = truth[47].iter().fold(0.0f32, |max, value| max.max(value.abs()));
+            let worst = logits.iter().zip(&truth[47]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst <= tolerance * largest, "{cache}: {worst:e} of {largest}");
+            assert!(worst > 0.0, "{cache} must round somewhere");
+        }
+    }
+}
