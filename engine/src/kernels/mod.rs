@@ -2,3 +2,4 @@
 //! (native Rust). The plain-tensor reference of an operation stands in [`crate::nn`].
 
 pub mod mxfp4;
+pub mod product;

@@ -5,6 +5,7 @@ use std::ops::Range;
 use burn::tensor::{Device, Int, Tensor};
 
 use super::bias::{BiasProvider, BiasRequest};
+use crate::kernels::product::product;
 
 /// Added to the score of a key that a query may not see: far below any score, and finite so that no device has to
 /// handle infinities.
@@ -106,7 +107,7 @@ impl Attention<'_> {
         // The queries of a group become rows of one product: [kv_heads, group · tokens, head_dim].
         let q = q.reshape([tokens, kv_heads, group, head_dim]).permute([1, 2, 0, 3]);
         let q = q.reshape([kv_heads, group * tokens, head_dim]);
-        let mut scores = q.matmul(k).mul_scalar(self.scale).reshape([heads, tokens, keys]);
+        let mut scores = product(q, k).mul_scalar(self.scale).reshape([heads, tokens, keys]);
         if let Some(bias) = self.bias {
             let queries = seen.queries.start + rows.start..seen.queries.start + rows.end;
             let request = BiasRequest { layer: self.layer, queries, keys: &seen.keys, heads };
@@ -116,7 +117,7 @@ impl Attention<'_> {
             scores = scores + mask.clone().narrow(1, rows.start, tokens);
         }
         let weights = softmax_with_sink(scores, self.sinks.clone());
-        let out = weights.reshape([kv_heads, group * tokens, keys]).matmul(v);
+        let out = product(weights.reshape([kv_heads, group * tokens, keys]), v);
         out.reshape([kv_heads, group, tokens, head_dim])
             .permute([2, 0, 1, 3])
             .reshape([tokens, heads, head_dim])

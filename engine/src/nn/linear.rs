@@ -3,6 +3,7 @@
 use burn::tensor::{DType, Tensor};
 
 use crate::backend::Float;
+use crate::kernels;
 
 /// `x · Wᵀ + b` for weights as PyTorch stores them.
 #[derive(Clone, Debug)]
@@ -28,7 +29,7 @@ impl Linear {
 
 /// `x · Wᵀ` with both factors in the type `compute`; the result is f32.
 pub fn product(x: Tensor<2>, weight: Tensor<2>, compute: Float) -> Tensor<2> {
-    as_type(as_type(x, compute).matmul(as_type(weight, compute).transpose()), Float::F32)
+    as_type(kernels::product::product(as_type(x, compute), as_type(weight, compute).transpose()), Float::F32)
 }
 
 /// Converts where the type differs.

@@ -4,6 +4,7 @@ use crate::devices::devices;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use engine::backend::{Device, Float};
 use engine::gpt_oss::model::read;
+use engine::kernels::product::product;
 use engine::nn::attention::{Attention, Visibility, quiet_softmax};
 use engine::nn::bias::{Alibi, BiasProvider, BiasRequest};
 use engine::nn::cache::{CacheLayout, KvCache};
@@ -40,6 +41,26 @@ fn error(found: &[f32], truth: &[f64]) -> f64 {
 fn assert_close<const D: usize>(found: Tensor<D>, truth: &[f64], device: &Device) {
     let error = error(&read(found).unwrap(), truth);
     assert!(error < 2e-6, "{}: relative error {error:e}", device.backend());
+}
+
+/// 10 bits of precision, those of TF32, would be a hundred times the tolerance.
+#[test]
+fn products_of_f32_are_f32() {
+    for [batch, m, k, n] in [[1, 1, 2880, 70], [1, 33, 129, 65], [3, 5, 64, 40]] {
+        let (a, b) = (random(30, batch * m * k), random(31, batch * n * k));
+        let mut truth = vec![0.0; batch * m * n];
+        for (index, value) in truth.iter_mut().enumerate() {
+            let (batch, row, column) = (index / (m * n), index / n % m, index % n);
+            let a = &a[(batch * m + row) * k..][..k];
+            let b = &b[(batch * n + column) * k..][..k];
+            *value = a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+        }
+        for device in devices() {
+            // As weights are stored: transposed.
+            let rhs = tensor(&b, [batch, n, k], &device).swap_dims(1, 2);
+            assert_close(product(tensor(&a, [batch, m, k], &device), rhs), &truth, &device);
+        }
+    }
 }
 
 #[test]
