@@ -20,7 +20,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let path = if file.is_file() { file } else { folder };
             Stored::open(&path, &StoredOptions::default(), &())?
         }
-        None => demo::open(&demo::default_folder(), &())?,
+        None => demo::open_cached(&())?,
     };
     let device = Backend::Cpu.open()?;
     let options = LoadOptions::default();

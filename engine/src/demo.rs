@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use formats::checkpoint::{Folder, Options};
 use formats::model_bin::{Depth, Stored, StoredOptions, write};
@@ -28,10 +28,25 @@ const ROWS: usize = 201_088;
 /// The tensors with a row for each token.
 const TABLES: [&str; 2] = ["embedding.weight", "unembedding.weight"];
 
-/// Where [`open`] keeps the expanded model by default: a folder of the user's cache, one for each version of the model.
-pub fn default_folder() -> PathBuf {
-    let version = &blake3::Hasher::new().update(MODEL).update(CONFIG).finalize().to_hex()[..16];
-    user_cache::folder().unwrap_or_else(std::env::temp_dir).join(format!("demo-{version}"))
+/// Opens the demo model in the user's cache; what an earlier version of this crate left there is removed.
+///
+/// # Errors
+/// As [`open`]'s.
+pub fn open_cached(progress: &dyn Progress) -> Result<Stored> {
+    let caches = user_cache::folder().unwrap_or_else(|| std::env::temp_dir().join("burn-extended"));
+    let versions = caches.join("demo");
+    let folder = versions.join(&blake3::Hasher::new().update(MODEL).update(CONFIG).finalize().to_hex()[..16]);
+    let there = folder.is_dir();
+    let stored = open(&folder, progress)?;
+    if !there {
+        // A model that another process still has mapped may not be removable; then the next version removes it.
+        for entry in fs::read_dir(&versions).into_iter().flatten().flatten() {
+            if entry.path() != folder {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+    }
+    Ok(stored)
 }
 
 /// Opens the demo model as a verified `model.bin` in `folder`, which is made first where it is not there.
@@ -42,8 +57,8 @@ pub fn open(folder: &Path, progress: &dyn Progress) -> Result<Stored> {
     let file = folder.join("model.bin");
     if !file.is_file() {
         fs::create_dir_all(folder).map_err(formats::Error::io(folder))?;
-        // A folder of its own, so that two processes do not get into each other's way; removed on every way out.
-        let temporary = tempfile::tempdir_in(folder).map_err(formats::Error::io(folder))?;
+        // A folder of each process, never finished: it goes on every way out, interrupts included.
+        let temporary = OutputFolder::create(&folder.join(format!("process-{}", std::process::id())))?;
         let checkpoint = temporary.path().join("checkpoint");
         expand(&checkpoint)?;
         export(&checkpoint, &file, progress)?;

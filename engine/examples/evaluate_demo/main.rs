@@ -53,7 +53,7 @@ fn main() -> anyhow::Result<ExitCode> {
     let device = arguments.backend.open()?;
     let stored = match &arguments.model {
         Some(path) => Stored::open(path, &StoredOptions::default(), &())?,
-        None => demo::open(&demo::default_folder(), &())?,
+        None => demo::open_cached(&())?,
     };
     let model = Model::load(&stored, &LoadOptions::default(), &device, &())?;
     if let Some(folder) = &arguments.for_genuine {

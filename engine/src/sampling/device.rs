@@ -259,19 +259,20 @@ impl Tables {
     fn filter(&self, options: &Options, below: Tensor<2>, mut weights: Tensor<2>) -> Tensor<2> {
         let [rows, columns] = below.dims();
         let shape = [1, rows, columns];
-        let keep = |weights: Tensor<2>, limit: Tensor<3>| {
-            weights.mask_fill(below.clone().greater(limit.reshape([1, 1])), 0.0)
-        };
         if let Some(ladder) = &self.ladder {
+            let distances = below.clone().mul_scalar(DISTANCE_UNITS);
+            let keep = |weights: Tensor<2>, limit: Tensor<3>| {
+                weights.mask_fill(distances.clone().greater(limit.reshape([1, 1])), 0.0)
+            };
             if let Some(k) = options.top_k_of(self.grid.vocabulary) {
                 let target = Tensor::full([1, 1, 1], k as f32, (&self.grid.device, DType::F32));
-                let limit = ladder.search(below.clone().reshape(shape), ladder.one.clone(), target);
+                let limit = ladder.search(distances.clone().reshape(shape), ladder.one.clone(), target);
                 weights = keep(weights, limit);
             }
             if options.top_p < 1.0 {
                 let target = sum(weights.clone()).mul_scalar(options.top_p).reshape([1, 1, 1]);
                 let limit =
-                    ladder.search(below.clone().reshape(shape), weights.clone().reshape(shape), target);
+                    ladder.search(distances.clone().reshape(shape), weights.clone().reshape(shape), target);
                 weights = keep(weights, limit);
             }
         }
@@ -308,19 +309,25 @@ fn draw(weights: Tensor<2>, u: f32) -> (Tensor<2, Int>, Tensor<2, Int>) {
     (row, running.lower_equal(target).int().sum_dim(1))
 }
 
+/// 2²⁴: see [`Ladder`].
+const DISTANCE_UNITS: f32 = 16_777_216.0;
+
 /// Finds thresholds among f32 numbers by their digits.
 ///
 /// The wanted threshold is the least distance `t` for which the tokens at distances up to `t` have a mass of at least
 /// `target`. The search fixes four bits of `t` at a time from the top, first the exponent, then the mantissa, by
 /// computing the mass below each of up to 15 candidates, which is one pass over the vocabulary. The result is exact:
-/// one of the distances, or the least normal number, below which distances count as equal.
+/// one of the distances, or that of the least normal number, below which distances count as equal.
+///
+/// Distances are in units of 1 / [`DISTANCE_UNITS`], so that every candidate, down to the last bit of its mantissa, is
+/// made of normal numbers: many GPUs take smaller ones for zero. (Distances above 2¹⁰⁴ become infinite: equal, too.)
 #[derive(Clone)]
 struct Ladder {
     /// f32 `[1, 1, 1]`: 1.
     one: Tensor<3>,
-    /// f32 `[1, 1, 1]`: 2⁻¹²⁶.
+    /// f32 `[1, 1, 1]`: 2⁻¹⁰², the least normal number in our units.
     least: Tensor<3>,
-    /// f32 `[15, 1, 1]`: 2⁻¹¹⁰, 2⁻⁹⁴, … 2¹¹⁴.
+    /// f32 `[14, 1, 1]`: 2⁻⁸⁶, 2⁻⁷⁰, … 2¹²².
     exponents: Tensor<3>,
     /// f32 `[15, 1, 1]`: 2, 4, … 2¹⁵.
     doublings: Tensor<3>,
@@ -339,8 +346,8 @@ impl Ladder {
             |bits: i32, count: i32| column((1..=count).map(|n| n as f32 * 2f32.powi(-bits)).collect());
         Ladder {
             one: column(vec![1.0]),
-            least: column(vec![f32::MIN_POSITIVE]),
-            exponents: powers(&mut (1..16).map(|n| 16 * n - 126)),
+            least: column(vec![f32::MIN_POSITIVE * DISTANCE_UNITS]),
+            exponents: powers(&mut (1..15).map(|n| 16 * n - 102)),
             doublings: powers(&mut (1..16)),
             fractions: [4, 8, 12, 16, 20]
                 .map(|bits| multiples(bits, 15))

@@ -30,7 +30,7 @@ impl ModelOptions {
         match &self.model {
             Some(path) => self.stored.open(path, console),
             None => {
-                let stored = engine::demo::open(&engine::demo::default_folder(), console)?;
+                let stored = engine::demo::open_cached(console)?;
                 console.done();
                 Ok(stored)
             }
