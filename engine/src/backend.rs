@@ -23,6 +23,15 @@ impl Backend {
     /// Every backend, whether this build has it or not.
     pub const ALL: [Backend; 3] = [Backend::Cpu, Backend::Wgpu, Backend::Cuda];
 
+    /// What it is called.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Backend::Cpu => "cpu",
+            Backend::Wgpu => "wgpu",
+            Backend::Cuda => "cuda",
+        }
+    }
+
     /// Whether this build has it.
     pub fn is_compiled(self) -> bool {
         match self {
@@ -71,11 +80,7 @@ impl Backend {
 
 impl fmt::Display for Backend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Backend::Cpu => "cpu",
-            Backend::Wgpu => "wgpu",
-            Backend::Cuda => "cuda",
-        })
+        f.pad(self.name())
     }
 }
 
@@ -84,7 +89,7 @@ impl FromStr for Backend {
     fn from_str(text: &str) -> Result<Backend, String> {
         Backend::ALL
             .into_iter()
-            .find(|backend| backend.to_string() == text)
+            .find(|backend| backend.name() == text)
             .ok_or_else(|| format!("found {text}, needed cpu, wgpu or cuda"))
     }
 }
@@ -104,6 +109,15 @@ pub enum Float {
 impl Float {
     /// Every type.
     pub const ALL: [Float; 3] = [Float::F32, Float::F16, Float::Bf16];
+
+    /// What it is called.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Float::F32 => "f32",
+            Float::F16 => "f16",
+            Float::Bf16 => "bf16",
+        }
+    }
 
     /// Bytes of a value.
     pub fn size(self) -> u64 {
@@ -131,11 +145,7 @@ impl From<Float> for DType {
 
 impl fmt::Display for Float {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Float::F32 => "f32",
-            Float::F16 => "f16",
-            Float::Bf16 => "bf16",
-        })
+        f.pad(self.name())
     }
 }
 
@@ -144,7 +154,7 @@ impl FromStr for Float {
     fn from_str(text: &str) -> Result<Float, String> {
         Float::ALL
             .into_iter()
-            .find(|float| float.to_string() == text)
+            .find(|float| float.name() == text)
             .ok_or_else(|| format!("found {text}, needed f32, f16 or bf16"))
     }
 }

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use formats::checkpoint::{Folder, Options};
 use formats::model_bin::{Depth, Stored, StoredOptions, write};
-use formats::output::OutputFolder;
+use formats::output::{OutputFolder, TemporaryFolder};
 use formats::progress::Progress;
 use formats::vocabulary::Vocabulary;
 use safetensors::tensor::TensorView;
@@ -57,8 +57,7 @@ pub fn open(folder: &Path, progress: &dyn Progress) -> Result<Stored> {
     let file = folder.join("model.bin");
     if !file.is_file() {
         fs::create_dir_all(folder).map_err(formats::Error::io(folder))?;
-        // A folder of each process, never finished: it goes on every way out, interrupts included.
-        let temporary = OutputFolder::create(&folder.join(format!("process-{}", std::process::id())))?;
+        let temporary = TemporaryFolder::create_in(folder)?;
         let checkpoint = temporary.path().join("checkpoint");
         expand(&checkpoint)?;
         export(&checkpoint, &file, progress)?;

@@ -4,9 +4,10 @@
 //! (`fixtures/gpt-oss`, case `two-blocks`: window crossed, two groups of heads, eight experts). Running it on a device tells
 //! a broken driver from a model that says strange things.
 
-use std::fs;
+use std::{env, fs};
 
 use formats::model_bin::{Stored, StoredOptions};
+use formats::output::TemporaryFolder;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::backend::{Device, Float};
@@ -69,7 +70,7 @@ impl Report {
 /// # Errors
 /// [`Error::Device`] where the device fails outright, [`Error::Format`] where the temporary folder cannot be written.
 pub fn run(device: &Device) -> Result<Report> {
-    let folder = tempfile::tempdir().map_err(formats::Error::io("the temporary folder"))?;
+    let folder = TemporaryFolder::create_in(&env::temp_dir())?;
     for (name, bytes) in FILES {
         let path = folder.path().join(name);
         fs::write(&path, bytes).map_err(formats::Error::io(path))?;
@@ -112,17 +113,8 @@ fn compute(model: &Model, tokens: &[u32]) -> Result<Vec<(String, Vec<f32>)>> {
     let mut trace = Trace::default();
     let mut cache = model.new_cache();
     let x = model.forward(&mut [Sequence { cache: &mut cache, tokens }], Some(&mut trace))?;
-    let mut named = Vec::new();
-    if let Some(embedding) = trace.embedding {
-        named.push(("embedding".to_string(), read(embedding)?));
-    }
-    for (block, (attention, output)) in trace.attention.into_iter().zip(trace.blocks).enumerate() {
-        named.push((format!("block.{block}.attn"), read(attention)?));
-        named.push((format!("block.{block}.mlp"), read(output)?));
-    }
-    named.push(("norm".into(), read(x.clone())?));
-    named.push(("logits".into(), read(model.unembed(x))?));
-    Ok(named)
+    let logits = ("logits".into(), model.unembed(x));
+    trace.into_named().chain([logits]).map(|(name, tensor)| Ok((name, read(tensor)?))).collect()
 }
 
 fn token_by_token(model: &Model, tokens: &[u32], truth: &[f64]) -> Result<Check> {

@@ -4,15 +4,13 @@
 #[path = "../examples/evaluate_demo/evaluation.rs"]
 mod evaluation;
 
-use std::ops::ControlFlow;
 use std::path::Path;
 
 use engine::backend::{Backend, Device};
 use engine::demo;
-use engine::gpt_oss::{LoadOptions, Model, Request, Session, generate};
-use engine::harmony::token;
+use engine::gpt_oss::{LoadOptions, Model};
 use engine::sampling::Options;
-use evaluation::Score;
+use evaluation::{Score, answer};
 use fixtures::conversations::{Skill, held_out};
 
 /// What the committed model has not learned yet (see `fixtures/demo/README.md`): it is measured by `evaluate_demo`, and
@@ -59,7 +57,8 @@ fn generated_turns_are_the_expected_ones() {
     for skill in learned() {
         for (index, sampling) in [(20, Options::greedy()), (21, Options { seed: 1, ..Options::default() })] {
             for turn in held_out(skill, index).unwrap().turns {
-                let found = answer(&model, &turn.prompt_tokens, sampling.clone(), turn.expected.len() + 8);
+                let found =
+                    answer(&model, &turn.prompt_tokens, sampling.clone(), turn.expected.len() + 8).unwrap();
                 all += 1;
                 if found == turn.expected {
                     right += 1;
@@ -89,14 +88,10 @@ fn greedy_turns_are_those_of_the_genuine_module() {
     for Genuine { skill, index, turn, tokens } in genuine {
         let kind = Skill::ALL.into_iter().find(|kind| kind.name() == skill).unwrap();
         let prompt = &held_out(kind, index).unwrap().turns[turn].prompt_tokens;
-        assert_eq!(answer(&model, prompt, Options::greedy(), 256), tokens, "{skill} {index}, turn {turn}");
+        assert_eq!(
+            answer(&model, prompt, Options::greedy(), 256).unwrap(),
+            tokens,
+            "{skill} {index}, turn {turn}"
+        );
     }
-}
-
-/// What the model generates, up to and including the stop token.
-fn answer(model: &Model, prompt: &[u32], sampling: Options, max_tokens: usize) -> Vec<u32> {
-    let mut session = Session::new(model);
-    let logits = session.advance(prompt).unwrap();
-    let request = Request { sampling, max_tokens, stop: token::STOP.to_vec() };
-    generate(&mut session, logits, &request, &mut |_| ControlFlow::Continue(())).unwrap().tokens
 }

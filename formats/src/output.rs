@@ -1,6 +1,7 @@
 //! Output files and folders that appear whole or not at all.
 
 use std::fs::{self, File};
+use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -75,7 +76,7 @@ impl Drop for Output {
 /// A folder that is filled beside its target and takes the target's name when it is complete.
 #[derive(Debug)]
 pub struct OutputFolder {
-    temporary: Option<TempDir>,
+    temporary: TemporaryFolder,
     target: PathBuf,
 }
 
@@ -93,34 +94,79 @@ impl OutputFolder {
                 target.display()
             )));
         }
-        let folder = parent(target);
-        let temporary = builder(0o777).tempdir_in(folder).map_err(Error::io(folder))?;
-        with_pending(|pending| pending.push(temporary.path().to_path_buf()));
-        Ok(OutputFolder { temporary: Some(temporary), target: target.to_path_buf() })
+        let temporary = TemporaryFolder::create_in(parent(target))?;
+        Ok(OutputFolder { temporary, target: target.to_path_buf() })
     }
 
     /// Where to put the contents.
     pub fn path(&self) -> &Path {
-        self.temporary.as_ref().map_or(&self.target, TempDir::path)
+        self.temporary.path()
     }
 
     /// Gives the folder its name.
     pub fn finish(mut self) -> Result<()> {
-        let Some(temporary) = self.temporary.take() else { return Ok(()) };
         // Renaming over an empty folder is an error on some systems.
         let _ = fs::remove_dir(&self.target);
-        fs::rename(temporary.path(), &self.target).map_err(Error::io(&self.target))?;
-        forget(&temporary.keep());
+        fs::rename(self.path(), &self.target).map_err(Error::io(&self.target))?;
+        self.temporary.0.disable_cleanup(true);
         Ok(())
     }
 }
 
-impl Drop for OutputFolder {
-    fn drop(&mut self) {
-        if let Some(temporary) = &self.temporary {
-            forget(temporary.path());
-        }
+/// A folder for files that nobody keeps. It goes when this is dropped, or with [`remove_pending`].
+#[derive(Debug)]
+pub struct TemporaryFolder(TempDir);
+
+impl TemporaryFolder {
+    /// An empty folder in another one.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where that cannot be written to.
+    pub fn create_in(folder: &Path) -> Result<TemporaryFolder> {
+        let temporary = builder(0o777).tempdir_in(folder).map_err(Error::io(folder))?;
+        with_pending(|pending| pending.push(temporary.path().to_path_buf()));
+        Ok(TemporaryFolder(temporary))
     }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for TemporaryFolder {
+    fn drop(&mut self) {
+        forget(self.path());
+    }
+}
+
+/// Makes sure that a file holds this: writes it, with its folder, unless it does.
+///
+/// # Errors
+/// As [`Output::create`] and [`Output::finish`].
+pub fn provide(path: &Path, content: &[u8]) -> Result<()> {
+    if holds(path, content).is_ok_and(|holds| holds) {
+        return Ok(());
+    }
+    let folder = parent(path);
+    fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    let output = Output::create(path)?;
+    output.file().write_all(content).map_err(Error::io(path))?;
+    output.finish()
+}
+
+/// Whether a file holds this and nothing else. The folder may be shared: nothing is read but a file of this length.
+///
+/// # Errors
+/// Where the file cannot be read.
+pub fn holds(path: &Path, content: &[u8]) -> io::Result<bool> {
+    let metadata = fs::metadata(path)?;
+    if !metadata.is_file() || metadata.len() != content.len() as u64 {
+        return Ok(false);
+    }
+    let mut found = Vec::with_capacity(content.len());
+    File::open(path)?.take(content.len() as u64).read_to_end(&mut found)?;
+    Ok(found == content)
 }
 
 /// Removes the temporary files and folders of every unfinished output of this process. For a program that is about to

@@ -350,6 +350,51 @@ impl Tokenizer {
     }
 }
 
+/// The bytes of tokens to text, whole characters at a time.
+#[derive(Clone, Debug, Default)]
+pub struct TextDecoder {
+    /// The beginning of a character that is not complete yet.
+    pending: Vec<u8>,
+}
+
+/// What [`TextDecoder::push`] made of some bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Decoded {
+    /// The characters that are complete now; U+FFFD for bytes that are none.
+    pub text: String,
+    /// Whether there were no such bytes.
+    pub is_valid: bool,
+}
+
+impl TextDecoder {
+    /// Takes the bytes that come next.
+    pub fn push(&mut self, bytes: &[u8]) -> Decoded {
+        self.pending.extend_from_slice(bytes);
+        let mut decoded = Decoded { text: String::new(), is_valid: true };
+        let mut rest = &self.pending[..];
+        while let Err(error) = std::str::from_utf8(rest) {
+            let (valid, more) = rest.split_at(error.valid_up_to());
+            decoded.text.push_str(&String::from_utf8_lossy(valid));
+            rest = more;
+            let Some(length) = error.error_len() else {
+                self.pending = rest.to_vec();
+                return decoded;
+            };
+            decoded.text.push(char::REPLACEMENT_CHARACTER);
+            decoded.is_valid = false;
+            rest = &rest[length..];
+        }
+        decoded.text.push_str(&String::from_utf8_lossy(rest));
+        self.pending.clear();
+        decoded
+    }
+
+    /// Whether a character is not complete.
+    pub fn is_pending(&self) -> bool {
+        !self.pending.is_empty()
+    }
+}
+
 impl std::fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Tokenizer")

@@ -4,11 +4,15 @@
 //! prompt and answer tells what generating token by token would: greedily, the answer is exact if every choice is the
 //! right one; at temperature 1 it is exact with the product of the right tokens' probabilities.
 
+use std::ops::ControlFlow;
+
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Int, Tensor};
 use engine::Result;
 use engine::gpt_oss::model::read;
-use engine::gpt_oss::{Model, Sequence};
+use engine::gpt_oss::{Model, Request, Sequence, Session, generate};
+use engine::harmony::token;
+use engine::sampling::Options;
 use fixtures::conversations::{Example, Turn};
 
 /// Tokens of a pass.
@@ -47,6 +51,14 @@ impl Score {
         self.probability += logprob.exp();
         Ok(())
     }
+}
+
+/// What the model generates token by token, up to and including the stop token.
+pub fn answer(model: &Model, prompt: &[u32], sampling: Options, max_tokens: usize) -> Result<Vec<u32>> {
+    let mut session = Session::new(model);
+    let logits = session.advance(prompt)?;
+    let request = Request { sampling, max_tokens, stop: token::STOP.to_vec() };
+    Ok(generate(&mut session, logits, &request, &mut |_| ControlFlow::Continue(()))?.tokens)
 }
 
 /// Whether greedy decoding gives the expected turn, and the turn's log-probability.

@@ -9,7 +9,6 @@
 mod evaluation;
 
 use std::fs;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -17,10 +16,9 @@ use std::time::Instant;
 use clap::Parser;
 use engine::backend::Backend;
 use engine::demo;
-use engine::gpt_oss::{LoadOptions, Model, Request, Session, generate};
-use engine::harmony::token;
+use engine::gpt_oss::{LoadOptions, Model};
 use engine::sampling::Options;
-use evaluation::Score;
+use evaluation::{Score, answer};
 use fixtures::conversations::{Skill, held_out};
 use formats::model_bin::{Stored, StoredOptions};
 
@@ -90,17 +88,12 @@ fn for_genuine(model: &Model, folder: &Path, per_skill: u64) -> anyhow::Result<(
     for skill in Skill::ALL {
         for index in 0..per_skill {
             for (turn, content) in held_out(skill, index)?.turns.into_iter().enumerate() {
-                let mut session = Session::new(model);
-                let logits = session.advance(&content.prompt_tokens)?;
-                let request =
-                    Request { sampling: Options::greedy(), max_tokens: 256, stop: token::STOP.to_vec() };
-                let outcome = generate(&mut session, logits, &request, &mut |_| ControlFlow::Continue(()))?;
+                generated.push(answer(model, &content.prompt_tokens, Options::greedy(), 256)?);
                 let tokens = content.prompt_tokens;
                 let skill = skill.name();
                 prompts.push(
                     serde_json::json!({"skill": skill, "index": index, "turn": turn, "tokens": tokens}),
                 );
-                generated.push(outcome.tokens);
             }
         }
     }

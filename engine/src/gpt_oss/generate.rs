@@ -8,7 +8,7 @@ use burn::tensor::Tensor;
 use super::model::read;
 use super::session::Session;
 use crate::backend::Backend;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::sampling::{self, Sampled, Sampler};
 
 /// What to generate.
@@ -96,11 +96,7 @@ pub fn generate(
         if session.room() == 0 {
             break Stop::ContextFull;
         }
-        logits = match session.advance(&[step.token]) {
-            Ok(logits) => logits,
-            Err(Error::Length { .. }) => break Stop::ContextFull,
-            Err(error) => return Err(error),
-        };
+        logits = session.advance(&[step.token])?;
     };
     Ok(Outcome { tokens, stop, elapsed: start.elapsed() })
 }

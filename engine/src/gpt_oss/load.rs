@@ -20,9 +20,6 @@ use crate::nn::mxfp4::Mxfp4Linear;
 use crate::nn::norm::RmsNorm;
 use crate::nn::rope::Frequencies;
 
-/// The progress of loading is that of `formats`.
-pub use formats::progress::Progress as DeviceProgress;
-
 /// How a model resides and computes. `None` leaves the choice to the device.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LoadOptions {
@@ -218,7 +215,7 @@ impl Loader<'_> {
             let matrix = packed.expert(expert).decoded().reshape([rows, columns]);
             as_type(matrix, float)
         });
-        Ok(ExpertLinear::Dequantized(decoded.collect(), float))
+        Ok(ExpertLinear::Dequantized(decoded.collect()))
     }
 
     fn expert_bias(&self, id: TensorId) -> Result<Tensor<2>> {

@@ -25,7 +25,7 @@ pub mod session;
 
 pub use config::Config;
 pub use generate::{Outcome, Request, Step, Stop, generate};
-pub use load::{DeviceProgress, LoadOptions};
+pub use load::LoadOptions;
 pub use model::{Model, Sequence, Trace};
 pub use residency::Residency;
 pub use session::{Advance, Session};

@@ -18,6 +18,7 @@ use crate::nn::linear::{Linear, as_type};
 use crate::nn::moe::Moe;
 use crate::nn::norm::RmsNorm;
 use crate::nn::rope::{Frequencies, Pairing, RotationTable};
+use crate::nn::rows::concatenated;
 
 /// Tokens that a prefill processes at a time.
 const PREFILL: usize = 512;
@@ -66,6 +67,19 @@ pub struct Trace {
     pub experts: Vec<Tensor<2, Int>>,
     /// The output of the final norm.
     pub norm: Option<Tensor<2>>,
+}
+
+impl Trace {
+    /// The residual stream on its way, by the names of the reference's traces: `embedding`, `block.N.attn`,
+    /// `block.N.mlp`, `norm`; f32 `[tokens, embedding_dim]` each.
+    pub fn into_named(self) -> impl Iterator<Item = (String, Tensor<2>)> {
+        let blocks = self.attention.into_iter().zip(self.blocks).enumerate();
+        let blocks = blocks.flat_map(|(block, (attention, output))| {
+            [(format!("block.{block}.attn"), attention), (format!("block.{block}.mlp"), output)]
+        });
+        let embedding = self.embedding.map(|rows| ("embedding".into(), rows));
+        embedding.into_iter().chain(blocks).chain(self.norm.map(|rows| ("norm".into(), rows)))
+    }
 }
 
 /// Where the tokens of a sequence lie in the batch, and what its attention needs.
@@ -164,7 +178,7 @@ impl Model {
             let seen = span.windowed.as_ref().filter(|_| block.window.is_some()).unwrap_or(&span.full);
             attention.forward(of_span(&q), keys, values, seen)
         });
-        let outputs = Tensor::cat(outputs.collect(), 0).reshape([tokens, num_heads * head_dim]);
+        let outputs = concatenated(outputs.collect(), 0).reshape([tokens, num_heads * head_dim]);
         block.out.forward(outputs)
     }
 
@@ -193,7 +207,7 @@ impl Model {
         Ok(spans)
     }
 
-    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+    pub(super) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
         let vocabulary = self.config.vocabulary;
         match tokens.iter().position(|&token| token as usize >= vocabulary) {
             Some(position) => Err(Error::Token { token: tokens[position], position, vocabulary }),

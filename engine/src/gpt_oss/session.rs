@@ -129,10 +129,7 @@ impl<'m> Session<'m> {
         if tokens.is_empty() || tokens.len() > context {
             return Err(Error::Length { length: tokens.len(), context });
         }
-        let vocabulary = self.model.config().vocabulary;
-        if let Some(position) = tokens.iter().position(|&token| token as usize >= vocabulary) {
-            return Err(Error::Token { token: tokens[position], position, vocabulary });
-        }
+        self.model.check_tokens(tokens)?;
         let common = self.tokens.iter().zip(tokens).take_while(|(a, b)| a == b).count();
         let known = common.min(tokens.len() - 1);
         let reused = if known == self.tokens.len() { known } else { self.return_to(known) };
@@ -150,17 +147,11 @@ impl<'m> Session<'m> {
     /// Restores the last snapshot of at most `len` tokens, forgets later ones and returns its length. The tokens are
     /// left to the caller.
     fn return_to(&mut self, len: usize) -> usize {
-        let later = self.snapshots.iter().position(|snapshot| snapshot.len() > len);
-        self.snapshots.truncate(later.unwrap_or(self.snapshots.len()).max(1));
-        match self.snapshots.last() {
-            Some(snapshot) => {
-                self.cache.restore(snapshot);
-                snapshot.len()
-            }
-            None => {
-                self.cache.clear();
-                0
-            }
-        }
+        // The first snapshot, that of the empty session, is never dropped.
+        let last = self.snapshots.iter().rposition(|snapshot| snapshot.len() <= len).unwrap_or(0);
+        self.snapshots.truncate(last + 1);
+        let snapshot = &self.snapshots[last];
+        self.cache.restore(snapshot);
+        snapshot.len()
     }
 }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use formats::tokenizer::{Decoded, TextDecoder};
 use openai_harmony::chat::{Message, Role};
 
 use super::call::ToolCall;
@@ -135,8 +136,7 @@ struct Body {
     start: usize,
     header: Header,
     text: String,
-    /// The beginning of a character that is not complete yet.
-    pending: Vec<u8>,
+    decoder: TextDecoder,
     is_invalid: bool,
     is_well_formed: bool,
 }
@@ -300,7 +300,7 @@ impl StreamParser {
             self.imply_start(at, Some(self.default_role()), events);
         }
         match self.take() {
-            State::Header(draft) => self.header(at, draft, events),
+            State::Header(draft) => self.header(at, draft, true, events),
             state => {
                 self.state = state;
                 self.notice(at, Problem::StrayToken { token: token::MESSAGE }, events);
@@ -350,35 +350,25 @@ impl StreamParser {
                     let token = "<|message|>".into();
                     self.notice(at, Problem::SpelledToken { token }, events);
                     if let State::Header(draft) = self.take() {
-                        self.header(at, draft, events);
+                        self.header(at, draft, true, events);
                     }
                     self.text(at, &content, events);
                 }
                 Grown::Overlong(surplus) => {
                     if let State::Header(draft) = self.take() {
-                        self.overlong_header(at, draft, events);
+                        self.header(at, draft, false, events);
                     }
                     self.text(at, &surplus, events);
                 }
             },
-            State::Content(body) => {
-                body.pending.extend(bytes);
-                self.decode(at, events);
-            }
+            State::Content(_) => self.content(at, bytes, events),
         }
     }
 
-    /// A header that `<|message|>` follows.
-    fn header(&mut self, at: usize, draft: Draft, events: &mut Vec<Event>) {
+    /// A header that `<|message|>` follows (`complete`), or that is too long to be one.
+    fn header(&mut self, at: usize, draft: Draft, complete: bool, events: &mut Vec<Event>) {
         let (start, malformed) = (draft.start, draft.malformed);
-        let parsed = draft.parse(&self.default_role(), true);
-        self.open(at, start, malformed, parsed.header, parsed.problems, events);
-    }
-
-    /// A header that is too long to be one.
-    fn overlong_header(&mut self, at: usize, draft: Draft, events: &mut Vec<Event>) {
-        let (start, malformed) = (draft.start, draft.malformed);
-        let parsed = draft.parse(&self.default_role(), false);
+        let parsed = draft.parse(&self.default_role(), complete);
         self.open(at, start, malformed, parsed.header, parsed.problems, events);
         self.text(at, &parsed.rest, events);
     }
@@ -435,7 +425,7 @@ impl StreamParser {
             start,
             header: header.clone(),
             text: String::new(),
-            pending: Vec::new(),
+            decoder: TextDecoder::default(),
             is_invalid: false,
             is_well_formed: !malformed,
         });
@@ -445,33 +435,12 @@ impl StreamParser {
         events.push(Event::Start(header));
     }
 
-    /// Moves the complete characters of the pending bytes to the text.
-    fn decode(&mut self, at: usize, events: &mut Vec<Event>) {
+    /// Adds to the content.
+    fn content(&mut self, at: usize, bytes: &[u8], events: &mut Vec<Event>) {
         let State::Content(body) = &mut self.state else { return };
-        let mut text = String::new();
-        let mut is_invalid = false;
-        let mut rest = &body.pending[..];
-        loop {
-            match std::str::from_utf8(rest) {
-                Ok(valid) => {
-                    text.push_str(valid);
-                    rest = &[];
-                    break;
-                }
-                Err(error) => {
-                    let (valid, more) = rest.split_at(error.valid_up_to());
-                    text.push_str(&String::from_utf8_lossy(valid));
-                    rest = more;
-                    let Some(length) = error.error_len() else { break };
-                    text.push(char::REPLACEMENT_CHARACTER);
-                    rest = &rest[length..];
-                    is_invalid = true;
-                }
-            }
-        }
-        body.pending = rest.to_vec();
+        let Decoded { text, is_valid } = body.decoder.push(bytes);
         body.text.push_str(&text);
-        if is_invalid && !std::mem::replace(&mut body.is_invalid, true) {
+        if !is_valid && !std::mem::replace(&mut body.is_invalid, true) {
             self.notice(at, Problem::InvalidUtf8, events);
         }
         if !text.is_empty() {
@@ -487,7 +456,7 @@ impl StreamParser {
 
     /// Ends a message at the token `at`, which is its last one if it is an ending.
     fn close(&mut self, at: usize, mut body: Body, ending: Ending, events: &mut Vec<Event>) {
-        if !body.pending.is_empty() {
+        if body.decoder.is_pending() {
             // An incomplete character.
             body.text.push(char::REPLACEMENT_CHARACTER);
             if !body.is_invalid {

@@ -5,11 +5,10 @@
 //! temporary folder) whose name is the SHA-1 of a URL; if that file is missing or another, it downloads it. Here it
 //! gets a URL that nothing can be downloaded from, and the file is written and compared before the crate runs.
 
-use std::fs::{self, File};
-use std::io::{self, Read as _, Write as _};
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use formats::output::Output;
+use formats::output;
 
 use crate::user_cache;
 
@@ -54,7 +53,7 @@ pub(super) fn provide(content: &[u8]) -> Result<()> {
     // The crate looks at these in the same order, and likewise ignores what is not Unicode.
     if let Ok(folder) = std::env::var(FOLDER_VARIABLE) {
         let path = Path::new(&folder).join(FILE_NAME);
-        return match holds(&path, content) {
+        return match output::holds(&path, content) {
             Ok(true) => Ok(()),
             Ok(false) => Err(Error::File {
                 path,
@@ -62,7 +61,7 @@ pub(super) fn provide(content: &[u8]) -> Result<()> {
                     "not the vocabulary o200k; remove the file, or unset {FOLDER_VARIABLE}, and it will be made"
                 ),
             }),
-            Err(_) if !folder.is_empty() => write(&path, content),
+            Err(_) if !folder.is_empty() => write(path, content),
             Err(source) => Err(Error::File {
                 path,
                 problem: format!("{source}; {FOLDER_VARIABLE} is empty: unset it or name a folder"),
@@ -71,34 +70,12 @@ pub(super) fn provide(content: &[u8]) -> Result<()> {
     }
     let folder = std::env::var(CACHE_VARIABLE)
         .map_or_else(|_| std::env::temp_dir().join("tiktoken-rs-cache"), PathBuf::from);
-    let path = folder.join(CACHED_NAME);
-    match holds(&path, content) {
-        Ok(true) => Ok(()),
-        _ => write(&path, content),
-    }
+    write(folder.join(CACHED_NAME), content)
 }
 
-/// Whether a file holds this and nothing else. The folder may be shared: nothing is read but a file of this length.
-fn holds(path: &Path, content: &[u8]) -> io::Result<bool> {
-    let metadata = fs::metadata(path)?;
-    if !metadata.is_file() || metadata.len() != content.len() as u64 {
-        return Ok(false);
-    }
-    let mut found = Vec::with_capacity(content.len());
-    File::open(path)?.take(content.len() as u64).read_to_end(&mut found)?;
-    Ok(found == content)
-}
-
-/// Writes a file that appears whole or not at all.
-fn write(path: &Path, content: &[u8]) -> Result<()> {
-    let failed = |reason: String| Error::File {
-        path: path.to_path_buf(),
-        problem: format!("{reason}; set {CACHE_VARIABLE} to a folder that you may write to"),
-    };
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder).map_err(|error| failed(error.to_string()))?;
-    }
-    let output = Output::create(path).map_err(|error| failed(error.to_string()))?;
-    output.file().write_all(content).map_err(|error| failed(error.to_string()))?;
-    output.finish().map_err(|error| failed(error.to_string()))
+fn write(path: PathBuf, content: &[u8]) -> Result<()> {
+    output::provide(&path, content).map_err(|error| Error::File {
+        path,
+        problem: format!("{error}; set {CACHE_VARIABLE} to a folder that you may write to"),
+    })
 }

@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Device, Tensor};
 
 use super::bias::{BiasProvider, BiasRequest};
+use super::rows::{concatenated, indices};
 use crate::kernels::product::product;
 
 /// Added to the score of a key that a query may not see: far below any score, and finite so that no device has to
@@ -53,12 +54,8 @@ impl Visibility {
             keys.iter().all(|&key| key <= query && window.is_none_or(|window| key + window > query))
         };
         let mask = (!(sees_all(first) && sees_all(last))).then(|| {
-            let ints = |positions: &mut dyn Iterator<Item = usize>| {
-                let positions: Vec<i32> = positions.map(|position| position as i32).collect();
-                Tensor::<1, Int>::from_data(positions.as_slice(), device)
-            };
-            let query = ints(&mut queries.clone()).unsqueeze_dim::<2>(1);
-            let key = ints(&mut keys.iter().copied()).unsqueeze_dim::<2>(0);
+            let query = indices(queries.clone(), device).unsqueeze_dim::<2>(1);
+            let key = indices(keys.iter().copied(), device).unsqueeze_dim::<2>(0);
             let size = [queries.len(), keys.len()];
             let behind = query.expand(size) - key.expand(size);
             let mut hidden = behind.clone().lower_elem(0);
@@ -79,18 +76,12 @@ impl Attention<'_> {
         let keys = k.dims()[1];
         let step = (SCORES / (4 * heads * keys).max(1)).clamp(1, tokens);
         let k = k.swap_dims(1, 2);
-        let parts: Vec<Tensor<3>> = (0..tokens)
-            .step_by(step)
-            .map(|start| {
-                let rows = start..tokens.min(start + step);
-                let q = q.clone().narrow(0, start, rows.len());
-                self.rows(q, k.clone(), v.clone(), rows, visibility)
-            })
-            .collect();
-        match <[_; 1]>::try_from(parts) {
-            Ok([whole]) => whole,
-            Err(parts) => Tensor::cat(parts, 0),
-        }
+        let parts = (0..tokens).step_by(step).map(|start| {
+            let rows = start..tokens.min(start + step);
+            let q = q.clone().narrow(0, start, rows.len());
+            self.rows(q, k.clone(), v.clone(), rows, visibility)
+        });
+        concatenated(parts.collect(), 0)
     }
 
     fn rows(

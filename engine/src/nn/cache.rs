@@ -61,7 +61,6 @@ impl CacheLayout {
 #[derive(Clone, Debug)]
 pub struct KvCache {
     layout: Arc<CacheLayout>,
-    device: Device,
     layers: Vec<Layer>,
     len: usize,
 }
@@ -101,7 +100,7 @@ impl KvCache {
                 || Tensor::zeros([layout.kv_heads, slots, layout.head_dim], (device, layout.float.into()));
             Layer { keys: zeros(), values: zeros() }
         });
-        KvCache { layers: layers.collect(), layout, device: device.clone(), len: 0 }
+        KvCache { layers: layers.collect(), layout, len: 0 }
     }
 
     /// The sizes.
@@ -197,11 +196,6 @@ impl KvCache {
             *layer = ring.clone();
         }
         self.len = snapshot.len;
-    }
-
-    /// Forgets everything.
-    pub fn clear(&mut self) {
-        *self = KvCache::new(self.layout.clone(), &self.device);
     }
 }
 

@@ -1,8 +1,9 @@
 //! Tables of one row for each token, cut where a device limits the size of a buffer.
 
-use burn::tensor::{Int, Tensor};
+use burn::tensor::Tensor;
 
 use super::linear::{as_type, product};
+use super::rows::{concatenated, indices};
 use crate::backend::Float;
 
 /// A `[vocabulary, width]` matrix in parts of rows.
@@ -30,8 +31,7 @@ impl TokenTable {
         let runs = tokens.chunk_by(|a, b| *a as usize / rows_of_part == *b as usize / rows_of_part);
         let found = runs.map(|run| {
             let part = run[0] as usize / rows_of_part;
-            let ids: Vec<i32> = run.iter().map(|&id| (id as usize % rows_of_part) as i32).collect();
-            let ids = Tensor::<1, Int>::from_data(ids.as_slice(), &device);
+            let ids = indices(run.iter().map(|&id| id as usize % rows_of_part), &device);
             as_type(self.parts[part].clone().select(0, ids), Float::F32)
         });
         concatenated(found.collect(), 0)
@@ -42,8 +42,4 @@ impl TokenTable {
         let parts = self.parts.iter().map(|part| product(x.clone(), part.clone(), self.compute));
         concatenated(parts.collect(), 1)
     }
-}
-
-fn concatenated(mut parts: Vec<Tensor<2>>, axis: usize) -> Tensor<2> {
-    if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(parts, axis) }
 }

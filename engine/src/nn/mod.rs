@@ -12,4 +12,5 @@ pub mod moe;
 pub mod mxfp4;
 pub mod norm;
 pub mod rope;
+pub(crate) mod rows;
 pub mod swiglu;

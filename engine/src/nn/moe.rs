@@ -11,6 +11,7 @@ use burn::tensor::{Int, Tensor, activation::softmax};
 
 use super::linear::{Linear, as_type, product};
 use super::mxfp4::Mxfp4Linear;
+use super::rows::{concatenated, indices};
 use super::swiglu::swiglu;
 use crate::backend::Float;
 
@@ -45,8 +46,8 @@ impl Router {
 pub enum ExpertLinear {
     /// As the file stores them.
     Packed(Box<Mxfp4Linear>),
-    /// Decoded to the given type, `[rows, columns]` each: the baseline that packed weights are measured against.
-    Dequantized(Vec<Tensor<2>>, Float),
+    /// Decoded, `[rows, columns]` each: the baseline that packed weights are measured against.
+    Dequantized(Vec<Tensor<2>>),
 }
 
 impl ExpertLinear {
@@ -58,7 +59,7 @@ impl ExpertLinear {
                 let rounded = as_type(as_type(x, compute), Float::F32);
                 weights.forward(rounded, experts)
             }
-            ExpertLinear::Dequantized(weights, _) => {
+            ExpertLinear::Dequantized(weights) => {
                 let device = x.device();
                 let ids: Vec<i64> = experts.into_data().iter::<i64>().collect();
                 let pairs_per_input = ids.len() / x.dims()[0];
@@ -66,12 +67,8 @@ impl ExpertLinear {
                 for (pair, &expert) in ids.iter().enumerate() {
                     pairs_of.entry(expert as usize).or_default().push(pair);
                 }
-                let index = |values: &mut dyn Iterator<Item = usize>| {
-                    let values: Vec<i32> = values.map(|value| value as i32).collect();
-                    Tensor::<1, Int>::from_data(values.as_slice(), &device)
-                };
                 let products = pairs_of.iter().map(|(&expert, pairs)| {
-                    let rows = index(&mut pairs.iter().map(|pair| pair / pairs_per_input));
+                    let rows = indices(pairs.iter().map(|pair| pair / pairs_per_input), &device);
                     product(x.clone().select(0, rows), weights[expert].clone(), compute)
                 });
                 // Products stand in the order of experts; this puts them into that of pairs.
@@ -79,7 +76,7 @@ impl ExpertLinear {
                 for (at, &pair) in pairs_of.values().flatten().enumerate() {
                     place[pair] = at;
                 }
-                Tensor::cat(products.collect(), 0).select(0, index(&mut place.into_iter()))
+                concatenated(products.collect(), 0).select(0, indices(place, &device))
             }
         }
     }

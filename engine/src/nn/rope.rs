@@ -1,8 +1,6 @@
 //! Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) with YaRN's frequencies (Peng et al. 2023,
 //! arXiv:2309.00071).
 
-use std::ops::Range;
-
 use burn::tensor::{Device, Tensor, TensorData};
 
 /// Which components of a head form a rotated pair.
@@ -57,7 +55,7 @@ impl Frequencies {
         Frequencies { inverse, concentration: yarn.yarn_multiplier }
     }
 
-    /// Cosines and sines of a range of positions, computed on the host in f64 so that every device rotates by the
+    /// Cosines and sines of some positions, computed on the host in f64 so that every device rotates by the
     /// same angles.
     pub fn table(&self, positions: impl IntoIterator<Item = usize>, device: &Device) -> RotationTable {
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
@@ -73,11 +71,6 @@ impl Frequencies {
         let tensor =
             |values| Tensor::from_data(TensorData::new(values, [count, 1, self.inverse.len()]), device);
         RotationTable { cos: tensor(cos), sin: tensor(sin) }
-    }
-
-    /// [`Frequencies::table`] of consecutive positions.
-    pub fn table_of(&self, positions: Range<usize>, device: &Device) -> RotationTable {
-        self.table(positions, device)
     }
 }
 

@@ -546,7 +546,7 @@ fn experts_packed_and_dequantised_agree_with_the_definition() {
         let dequantized = packed.clone().map(|layer| {
             let [_, rows, columns] = layer.dims();
             let matrices = (0..experts).map(|expert| layer.expert(expert).decoded().reshape([rows, columns]));
-            ExpertLinear::Dequantized(matrices.collect(), Float::F32)
+            ExpertLinear::Dequantized(matrices.collect())
         });
         for [mlp1, mlp2] in [packed.map(|layer| ExpertLinear::Packed(layer.into())), dequantized] {
             let moe = Moe {

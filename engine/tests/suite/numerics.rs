@@ -56,14 +56,12 @@ fn run(model: &Model, tokens: &[u32]) -> (Named, Vec<Vec<i64>>) {
     let mut trace = Trace::default();
     let mut cache = model.new_cache();
     let x = model.forward(&mut [Sequence { cache: &mut cache, tokens }], Some(&mut trace)).unwrap();
-    let mut named = vec![("embedding".to_string(), read(trace.embedding.unwrap()).unwrap())];
-    for (block, (attention, output)) in trace.attention.into_iter().zip(trace.blocks).enumerate() {
-        named.push((format!("block.{block}.attn"), read(attention).unwrap()));
-        named.push((format!("block.{block}.mlp"), read(output).unwrap()));
-    }
-    named.push(("norm".into(), read(trace.norm.unwrap()).unwrap()));
-    named.push(("logits".into(), read(model.unembed(x)).unwrap()));
-    let experts = trace.experts.into_iter().map(|ids| ids.into_data().iter::<i64>().collect());
+    let experts = std::mem::take(&mut trace.experts);
+    let logits = ("logits".into(), model.unembed(x));
+    let named: Named =
+        trace.into_named().chain([logits]).map(|(name, tensor)| (name, read(tensor).unwrap())).collect();
+    assert_eq!(named.len(), 3 + 2 * model.config().num_blocks);
+    let experts = experts.into_iter().map(|ids| ids.into_data().iter::<i64>().collect());
     (named, experts.collect())
 }
 

@@ -47,7 +47,7 @@ pub fn bench(console: &Console, arguments: &Arguments) -> Result<Outcome> {
     ensure!(arguments.runs > 0, "--runs: found 0, needed 1 at least");
     ensure!(arguments.generate > 1, "--generate: found {}, needed 2 at least", arguments.generate);
     let stored = arguments.model.open(console)?;
-    let device = arguments.device.backend.backend.open()?;
+    let device = arguments.device.backend.open()?;
     let residency = Residency::plan(&stored, &arguments.device.load_options(), &device)?;
     let start = Instant::now();
     let model = arguments.device.load_on(&stored, &device, console)?;

@@ -15,7 +15,7 @@ use crate::interrupt;
 use crate::options::{DeviceOptions, ModelOptions, SamplingOptions, Stops};
 use crate::tools::{self, Tools};
 use crate::turn;
-use crate::view::{Lines, Stats, Styles, Text, View, rate};
+use crate::view::{Lines, Stats, Styles, Text, View};
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -67,7 +67,7 @@ pub fn chat(console: &Console, arguments: &Arguments) -> Result<Outcome> {
         stops,
         turns: 0,
         taken_back: None,
-        totals: Totals::default(),
+        totals: Stats::default(),
         screen: Screen { json: console.json, lines: Lines, text: Text::new(), styles: Styles::of_stdout() },
         encoding,
     };
@@ -107,30 +107,6 @@ impl Screen {
     }
 }
 
-/// Numbers of the session so far.
-#[derive(Default)]
-struct Totals {
-    prompts: usize,
-    reused: usize,
-    recomputed: usize,
-    prefilled: usize,
-    prefill_seconds: f64,
-    generated: usize,
-    decode_seconds: f64,
-}
-
-impl Totals {
-    fn add(&mut self, stats: &Stats) {
-        self.prompts += 1;
-        self.reused += stats.reused;
-        self.recomputed += stats.recomputed;
-        self.prefilled += stats.prefilled;
-        self.prefill_seconds += stats.prefill_seconds;
-        self.generated += stats.generated.saturating_sub(1);
-        self.decode_seconds += stats.decode_seconds;
-    }
-}
-
 struct Talk<'m> {
     session: Session<'m>,
     chat: Chat,
@@ -141,7 +117,8 @@ struct Talk<'m> {
     turns: u64,
     /// A message that an interrupt or /undo took back.
     taken_back: Option<String>,
-    totals: Totals,
+    /// Numbers of the session so far.
+    totals: Stats,
     screen: Screen,
     encoding: Encoding,
 }
@@ -347,19 +324,18 @@ impl Talk<'_> {
     }
 
     fn say_stats(&self) -> Result<()> {
-        let Totals { prompts, reused, recomputed, prefilled, generated, .. } = self.totals;
+        let Stats { generations, reused, recomputed, prefilled, .. } = self.totals;
         let (model, session): (&Model, _) = (self.session.model(), &self.session);
-        let (prefill, decode) = (self.totals.prefill_seconds, self.totals.decode_seconds);
         let text = format!(
             "{} messages; {} of {} tokens of context in use, {} snapshots\n\
-             {prompts} prompts: {reused} tokens reused, {recomputed} computed again, {prefilled} prefilled\n\
+             {generations} prompts: {reused} tokens reused, {recomputed} computed again, {prefilled} prefilled\n\
              prefill {:.0} tokens/s, decode {:.1} tokens/s on {} ({})",
             self.chat.len(),
             session.tokens().len(),
             model.context(),
             session.snapshots().count(),
-            rate(recomputed + prefilled, prefill),
-            rate(generated, decode),
+            self.totals.prefill_rate(),
+            self.totals.decode_rate(),
             model.device().name(),
             model.device().backend(),
         );

@@ -10,7 +10,7 @@ use engine::gpt_oss::Session;
 use engine::harmony::{Chat, DeveloperContent, Encoding, SystemContent};
 use formats::command::{CheckpointOptions, Console, Outcome, Talk, Verb};
 use formats::model_bin::{Stored, StoredOptions};
-use formats::output::OutputFolder;
+use formats::output::{OutputFolder, TemporaryFolder};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde_json::{Value, json};
@@ -19,10 +19,9 @@ use crate::NAME;
 use crate::conversation::{self, Effort};
 use crate::interrupt;
 use crate::options::{DeviceOptions, SamplingOptions, Stops};
-use crate::scratch::Scratch;
 use crate::tools::{self, Tools};
 use crate::turn::{self, Answer};
-use crate::view::{Styles, Text};
+use crate::view::{Stats, Styles, Text};
 
 /// What the demo model is, wherever it speaks.
 pub const INTRODUCTION: &str = "This is a tiny demo model that this project trained: GPT-OSS's architecture with a few million \
@@ -92,7 +91,7 @@ pub fn demo(console: &Console, arguments: &Arguments) -> Result<Outcome> {
             outcome
         }
         None => {
-            let folder = Scratch::new()?;
+            let folder = TemporaryFolder::create_in(&env::temp_dir())?;
             env::set_current_dir(folder.path())?;
             let outcome = converse(console, arguments, &mut out);
             env::set_current_dir(start)?;
@@ -115,8 +114,8 @@ fn converse(console: &Console, arguments: &Arguments, out: &mut dyn Write) -> Re
     for script in scripts(arguments.seed) {
         script.hold(&mut session, &encoding, &mut text, &mut tally)?;
     }
-    let Tally { right, wrong, reused, prefilled, generated, seconds } = tally;
-    let rate = crate::view::rate(generated, seconds);
+    let Tally { right, wrong, stats: Stats { prompt, reused, generated, decode_seconds, .. } } = tally;
+    let rate = crate::view::rate(generated, decode_seconds);
     writeln!(
         out,
         "{right} of {} answers are right. {generated} tokens at {rate:.0} tokens/s on {} ({}); of the prompts' {} \
@@ -124,7 +123,7 @@ fn converse(console: &Console, arguments: &Arguments, out: &mut dyn Write) -> Re
         right + wrong,
         model.device().name(),
         model.device().backend(),
-        reused + prefilled,
+        prompt,
         console.seconds(),
     )?;
     if wrong > 0 {
@@ -169,10 +168,7 @@ fn prepare(out: &mut dyn Write) -> Result<Stored> {
 struct Tally {
     right: usize,
     wrong: usize,
-    reused: usize,
-    prefilled: usize,
-    generated: usize,
-    seconds: f64,
+    stats: Stats,
 }
 
 impl Script {
@@ -213,12 +209,7 @@ impl Script {
             if answer.is_abandoned {
                 interrupt::exit();
             }
-            for stats in &answer.stats {
-                tally.reused += stats.reused;
-                tally.prefilled += stats.recomputed + stats.prefilled;
-                tally.generated += stats.generated;
-                tally.seconds += stats.decode_seconds;
-            }
+            answer.stats.iter().for_each(|stats| tally.stats.add(stats));
             let cached: Vec<String> =
                 answer.stats.iter().map(|it| format!("{} of {}", it.reused, it.prompt)).collect();
             let cache = format!("{} tokens of the prompt were cached", cached.join(", then "));

@@ -31,7 +31,7 @@ pub fn info(console: &Console, arguments: &Arguments) -> Result<Outcome> {
     } else {
         let stored = arguments.model.open(console)?;
         let config = Config::new(stored.header(), stored.dims())?;
-        let device = arguments.device.backend.backend.open()?;
+        let device = arguments.device.backend.open()?;
         let residency = Residency::plan(&stored, &arguments.device.load_options(), &device)?;
         Some((stored, config, residency))
     };

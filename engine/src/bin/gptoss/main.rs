@@ -11,7 +11,6 @@ mod interrupt;
 mod logits;
 mod options;
 mod parity;
-mod scratch;
 mod selftest;
 mod tools;
 mod turn;

@@ -64,27 +64,20 @@ impl StoredFlags {
 
 /// Parses the name of a backend.
 pub fn backends() -> impl TypedValueParser<Value = Backend> {
-    PossibleValuesParser::new(["cpu", "wgpu", "cuda"]).try_map(|text| text.parse::<Backend>())
+    PossibleValuesParser::new(Backend::ALL.map(Backend::name)).try_map(|text| text.parse::<Backend>())
 }
 
 /// Parses the name of a type.
 pub fn floats() -> impl TypedValueParser<Value = Float> {
-    PossibleValuesParser::new(["f32", "f16", "bf16"]).try_map(|text| text.parse::<Float>())
+    PossibleValuesParser::new(Float::ALL.map(Float::name)).try_map(|text| text.parse::<Float>())
 }
 
-/// Where it runs.
-#[derive(Args, Clone, Copy, Debug)]
-pub struct BackendOptions {
+/// Where it runs, and how it resides and computes there.
+#[derive(Args, Clone, Debug)]
+pub struct DeviceOptions {
     /// Who computes.
     #[arg(long, value_parser = backends(), default_value_t = Backend::Cpu)]
     pub backend: Backend,
-}
-
-/// How it resides and computes.
-#[derive(Args, Clone, Debug)]
-pub struct DeviceOptions {
-    #[command(flatten)]
-    pub backend: BackendOptions,
     /// Decode the experts while loading instead of computing with packed MXFP4: the baseline of comparisons.
     #[arg(long)]
     pub dequantize: bool,
@@ -120,7 +113,7 @@ impl DeviceOptions {
 
     /// Says what will reside where, refuses what does not fit, and loads.
     pub fn load(&self, stored: &Stored, console: &Console) -> Result<Model> {
-        let device = self.backend.backend.open()?;
+        let device = self.backend.open()?;
         self.load_on(stored, &device, console)
     }
 

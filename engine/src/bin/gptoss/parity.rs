@@ -1,6 +1,7 @@
 //! `parity`: position by position, how far the logits of two computations are apart.
 
 use std::cmp::Ordering;
+use std::env;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -8,14 +9,13 @@ use anyhow::{Context, Result, ensure};
 use clap::{ArgGroup, ValueHint};
 use engine::backend::{Backend, Float};
 use formats::command::{Console, Outcome};
-use formats::output::Output;
+use formats::output::{Output, TemporaryFolder};
 use formats::progress::Progress;
 use formats::tokenizer::Tokenizer;
 use serde::Serialize;
 
 use crate::logits::{self, Reference};
 use crate::options::{DeviceOptions, ModelOptions, backends, floats, read_tokens};
-use crate::scratch::Scratch;
 
 #[derive(clap::Args)]
 #[command(group = ArgGroup::new("second").multiple(true).required(true).args(
@@ -115,7 +115,7 @@ pub fn parity(console: &Console, arguments: &Arguments) -> Result<Outcome> {
         None => given,
     };
     // The other side first, and into a file: two models need not be in memory at once.
-    let folder = Scratch::new()?;
+    let folder = TemporaryFolder::create_in(&env::temp_dir())?;
     let reference = match &arguments.reference {
         Some(path) => Reference::open(path)?,
         None => {
@@ -178,7 +178,7 @@ impl Arguments {
     /// The device flags with those of the other side in their place.
     fn other_device(&self) -> DeviceOptions {
         let mut device = self.device.clone();
-        device.backend.backend = self.other_backend.unwrap_or(device.backend.backend);
+        device.backend = self.other_backend.unwrap_or(device.backend);
         device.activations = self.other_activations.or(device.activations);
         device.weights = self.other_weights.or(device.weights);
         device.cache = self.other_cache.or(device.cache);

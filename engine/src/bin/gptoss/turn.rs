@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use engine::gpt_oss::{Request, Session, Step, Stop, generate};
 use engine::harmony::{Chat, Encoding, Event, StreamParser, ToolCall, Turn, token};
 use formats::model_bin::Stored;
-use formats::tokenizer::Tokenizer;
+use formats::tokenizer::{TextDecoder, Tokenizer};
 
 use crate::interrupt::Cancellable;
 use crate::options::{SamplingOptions, Stops};
@@ -185,6 +185,7 @@ fn watch(
     session.snapshot();
     let mut stats = Stats {
         generations: 1,
+        decoded: 0,
         prompt: prompt.len(),
         reused: advance.reused,
         recomputed: advance.recomputed,
@@ -222,6 +223,7 @@ fn watch(
     failure?;
     let first = first.unwrap_or(start);
     stats.generated = outcome.tokens.len();
+    stats.decoded = stats.generated.saturating_sub(1);
     stats.stop = if stopped_by_text && outcome.stop == Stop::Cancelled { None } else { Some(outcome.stop) };
     stats.prefill_seconds = (first - start).as_secs_f64();
     stats.decode_seconds = (last - first).as_secs_f64();
@@ -231,44 +233,23 @@ fn watch(
 /// Tokens to text, whole characters at a time.
 pub struct TextStream<'t> {
     tokenizer: &'t Tokenizer,
-    pending: Vec<u8>,
+    decoder: TextDecoder,
 }
 
 impl<'t> TextStream<'t> {
     /// Nothing yet.
     pub fn new(tokenizer: &'t Tokenizer) -> TextStream<'t> {
-        TextStream { tokenizer, pending: Vec::new() }
+        TextStream { tokenizer, decoder: TextDecoder::default() }
     }
 
     /// What a token adds. Bytes of a character that is not complete wait for the next one; U+FFFD is shown for bytes
     /// that are none.
     pub fn push(&mut self, token: u32) -> String {
-        match self.tokenizer.token(token) {
-            Some(bytes) => self.pending.extend(bytes),
-            None => self.pending.extend(format!("<|{token}|>").bytes()),
-        }
-        let mut text = String::new();
-        loop {
-            match std::str::from_utf8(&self.pending) {
-                Ok(valid) => {
-                    text.push_str(valid);
-                    self.pending.clear();
-                    return text;
-                }
-                Err(error) => {
-                    let valid = error.valid_up_to();
-                    text.push_str(&String::from_utf8_lossy(&self.pending[..valid]));
-                    let invalid = error.error_len();
-                    if invalid.is_some() {
-                        text.push(char::REPLACEMENT_CHARACTER);
-                    }
-                    self.pending.drain(..valid + invalid.unwrap_or(0));
-                    if invalid.is_none() {
-                        return text;
-                    }
-                }
-            }
-        }
+        let decoded = match self.tokenizer.token(token) {
+            Some(bytes) => self.decoder.push(bytes),
+            None => self.decoder.push(format!("<|{token}|>").as_bytes()),
+        };
+        decoded.text
     }
 }
 

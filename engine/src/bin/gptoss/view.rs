@@ -8,12 +8,15 @@ use engine::gpt_oss::{Step, Stop};
 use engine::harmony::{Event, Header, Notice, Problem, ToolCall};
 use serde::Serialize;
 
-/// Numbers of a generation.
-#[derive(Clone, Debug, Serialize)]
+/// Numbers of a generation, or of several together.
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Stats {
     /// How many generations these are the numbers of.
     #[serde(skip)]
     pub generations: usize,
+    /// Generated tokens but for the first of each generation.
+    #[serde(skip)]
+    pub decoded: usize,
     /// Tokens of the prompt.
     pub prompt: usize,
     /// Those whose keys and values were in the cache.
@@ -24,7 +27,7 @@ pub struct Stats {
     pub prefilled: usize,
     /// Tokens that were generated.
     pub generated: usize,
-    /// Why it ended; nothing if a text of --stop did it.
+    /// Why it (the last one) ended; nothing if a text of --stop did it.
     pub stop: Option<Stop>,
     /// From the prompt to the first token.
     pub prefill_seconds: f64,
@@ -40,23 +43,21 @@ impl Stats {
 
     /// Tokens after the first for each second.
     pub fn decode_rate(&self) -> f64 {
-        rate(self.generated.saturating_sub(self.generations), self.decode_seconds)
+        rate(self.decoded, self.decode_seconds)
     }
 
-    /// The numbers of several generations as those of one, which ended as the last did.
-    fn together(all: &[Stats]) -> Option<Stats> {
-        let (last, before) = all.split_last()?;
-        Some(before.iter().fold(last.clone(), |sum, it| Stats {
-            generations: sum.generations + it.generations,
-            prompt: sum.prompt + it.prompt,
-            reused: sum.reused + it.reused,
-            recomputed: sum.recomputed + it.recomputed,
-            prefilled: sum.prefilled + it.prefilled,
-            generated: sum.generated + it.generated,
-            stop: sum.stop,
-            prefill_seconds: sum.prefill_seconds + it.prefill_seconds,
-            decode_seconds: sum.decode_seconds + it.decode_seconds,
-        }))
+    /// Adds what came next.
+    pub fn add(&mut self, next: &Stats) {
+        self.generations += next.generations;
+        self.decoded += next.decoded;
+        self.prompt += next.prompt;
+        self.reused += next.reused;
+        self.recomputed += next.recomputed;
+        self.prefilled += next.prefilled;
+        self.generated += next.generated;
+        self.stop = next.stop;
+        self.prefill_seconds += next.prefill_seconds;
+        self.decode_seconds += next.decode_seconds;
     }
 
     /// Whether an interrupt ended it.
@@ -288,11 +289,13 @@ impl View for Text {
     }
 
     fn answered(&mut self, stats: &[Stats]) -> io::Result<()> {
-        if let Some(stats) = Stats::together(stats).filter(|_| self.with_stats) {
-            let style = self.styles.dim;
-            writeln!(anstream::stderr(), "{style}{}{style:#}", stats.line())?;
+        if !self.with_stats || stats.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let mut all = Stats::default();
+        stats.iter().for_each(|stats| all.add(stats));
+        let style = self.styles.dim;
+        writeln!(anstream::stderr(), "{style}{}{style:#}", all.line())
     }
 }
 

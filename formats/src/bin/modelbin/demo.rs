@@ -1,5 +1,6 @@
 //! `demo`: the way of a small built-in checkpoint through this command, each step as one would type it.
 
+use std::env;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -8,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use formats::command::{CheckpointOptions, Console, Outcome, Talk, Verb};
 use formats::model_bin::dump::{self, Limits};
 use formats::model_bin::model::Bytes;
+use formats::output::TemporaryFolder;
 
 use crate::NAME;
 
@@ -20,7 +22,7 @@ const CHECKPOINT: [(&str, &[u8]); 3] = [
 
 /// `modelbin demo`.
 pub fn demo(dst: Option<PathBuf>) -> Result<Outcome> {
-    let temporary = tempfile::tempdir()?;
+    let temporary = TemporaryFolder::create_in(&env::temp_dir())?;
     let folder = match dst {
         Some(folder) => {
             fs::create_dir_all(&folder)?;
