@@ -65,8 +65,8 @@ pub struct Outcome {
 /// seed and the place among the generated tokens only. A later request with the same seed draws the same numbers again.
 ///
 /// # Errors
-/// [`Error::Device`] where the device fails, [`Error::SamplingOptions`] for options that make no sense, [`Error::Sampling`] where no
-/// token can be drawn.
+/// [`Error::Device`](crate::Error::Device) where the device fails, [`Error::SamplingOptions`](crate::Error::SamplingOptions)
+/// for options that make no sense, [`Error::Sampling`](crate::Error::Sampling) where no token can be drawn.
 pub fn generate(
     session: &mut Session<'_>,
     mut logits: Tensor<1>,
