@@ -79,7 +79,7 @@ pub fn generate(
     let on_processor = session.model().device().backend() == Backend::Cpu;
     let mut tokens = Vec::new();
     let stop = loop {
-        if tokens.len() == request.max_tokens {
+        if request.max_tokens == 0 {
             break Stop::MaxTokens;
         }
         let sampled =
@@ -92,6 +92,9 @@ pub fn generate(
         }
         if goes_on.is_break() {
             break Stop::Cancelled;
+        }
+        if tokens.len() == request.max_tokens {
+            break Stop::MaxTokens;
         }
         if session.room() == 0 {
             break Stop::ContextFull;

@@ -186,7 +186,8 @@ impl Loader<'_> {
         let id = TensorId { kind, block: 0 };
         let [rows, columns] = self.matrix_shape(id);
         let bytes = self.piece(id, 0)?;
-        let row_bytes = columns as u64 * self.types.weights.size();
+        // Products convert a part to the type of the activations as a whole.
+        let row_bytes = columns as u64 * self.types.weights.size().max(self.types.activations.size());
         let limit = self.device.max_buffer().unwrap_or(u64::MAX);
         let rows_of_part = ((limit / row_bytes).max(1) as usize).min(rows);
         let parts = bytes

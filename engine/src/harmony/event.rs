@@ -159,6 +159,11 @@ pub enum Problem {
         /// The one before.
         dropped: String,
     },
+    /// A recipient or an author with characters that no name has. It does not count in later prompts.
+    UnfitName {
+        /// The name.
+        found: String,
+    },
     /// `<|constrain|>` with nothing behind it.
     EmptyContentType,
     /// A special token of the header spelled as text. It counts.
@@ -206,6 +211,7 @@ impl fmt::Display for Problem {
             Problem::RepeatedRecipient { dropped } => {
                 write!(f, "a second recipient, instead of {dropped:?}")
             }
+            Problem::UnfitName { found } => write!(f, "{found:?} is no name, left out"),
             Problem::EmptyContentType => f.write_str("<|constrain|> without a content type"),
             Problem::SpelledToken { token } => write!(f, "{token} spelled as text, counted"),
             Problem::StrayText { text } => write!(f, "stray text {text:?}, left out"),

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 
 use super::bias::{BiasProvider, BiasRequest};
 use super::rows::{concatenated, indices};
@@ -36,8 +36,10 @@ pub struct Visibility {
     pub queries: Range<usize>,
     /// Positions of the keys.
     pub keys: Vec<usize>,
-    /// f32 `[1, queries, keys]`: 0 or [a large negative number](HIDDEN); `None` where all see all.
-    mask: Option<Tensor<3>>,
+    /// Tokens that a query sees, itself included.
+    window: Option<usize>,
+    /// i32 `[queries, 1]` and `[1, keys]`: the positions on the device; `None` where all see all.
+    positions: Option<[Tensor<2, Int>; 2]>,
 }
 
 impl Visibility {
@@ -53,18 +55,24 @@ impl Visibility {
         let sees_all = |query: usize| {
             keys.iter().all(|&key| key <= query && window.is_none_or(|window| key + window > query))
         };
-        let mask = (!(sees_all(first) && sees_all(last))).then(|| {
-            let query = indices(queries.clone(), device).unsqueeze_dim::<2>(1);
-            let key = indices(keys.iter().copied(), device).unsqueeze_dim::<2>(0);
-            let size = [queries.len(), keys.len()];
-            let behind = query.expand(size) - key.expand(size);
-            let mut hidden = behind.clone().lower_elem(0);
-            if let Some(window) = window {
-                hidden = hidden.bool_or(behind.greater_equal_elem(window as i64));
-            }
-            Tensor::<2>::zeros(size, device).mask_fill(hidden, HIDDEN).unsqueeze_dim(0)
+        let positions = (!(sees_all(first) && sees_all(last))).then(|| {
+            let query = indices(queries.clone(), device).unsqueeze_dim(1);
+            [query, indices(keys.iter().copied(), device).unsqueeze_dim(0)]
         });
-        Visibility { queries, keys, mask }
+        Visibility { queries, keys, window, positions }
+    }
+
+    /// What is added to the scores of some of the queries, f32 `[1, rows, keys]`: 0 or [a large negative
+    /// number](HIDDEN). Of all queries at once it could be larger than a device's largest buffer.
+    fn mask(&self, rows: Range<usize>) -> Option<Tensor<3>> {
+        let [query, key] = self.positions.clone()?;
+        let size = [rows.len(), self.keys.len()];
+        let behind = query.narrow(0, rows.start, rows.len()).expand(size) - key.expand(size);
+        let mut hidden = behind.clone().lower_elem(0);
+        if let Some(window) = self.window {
+            hidden = hidden.bool_or(behind.clone().greater_equal_elem(window as i64));
+        }
+        Some(Tensor::<2>::zeros(size, &behind.device()).mask_fill(hidden, HIDDEN).unsqueeze_dim(0))
     }
 }
 
@@ -104,8 +112,8 @@ impl Attention<'_> {
             let request = BiasRequest { layer: self.layer, queries, keys: &seen.keys, heads };
             scores = scores + bias.bias(&request, &v.device());
         }
-        if let Some(mask) = &seen.mask {
-            scores = scores + mask.clone().narrow(1, rows.start, tokens);
+        if let Some(mask) = seen.mask(rows) {
+            scores = scores + mask;
         }
         let weights = softmax_with_sink(scores, self.sinks.clone());
         let out = product(weights.reshape([kv_heads, group * tokens, keys]), v);

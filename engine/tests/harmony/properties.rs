@@ -1,6 +1,6 @@
 //! What holds for any tokens.
 
-use engine::harmony::{Role, Turn};
+use engine::harmony::{Chat, Role, Turn};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -90,6 +90,23 @@ proptest! {
         let turn = encoding.parse(&tokens, role.clone());
         prop_assert_eq!(&turn.tokens, &tokens);
         assert_stream(&encoding, &tokens, &role, &turn, "any tokens");
+    }
+
+    #[test]
+    fn every_turn_can_be_added_and_said_again(tokens in any_tokens()) {
+        let encoding = encoding();
+        let mut chat = Chat::new(&encoding);
+        chat.add_user("Hello");
+        let mut parser = chat.parser();
+        tokens.iter().for_each(|token| {
+            parser.push(*token);
+        });
+        let turn = parser.into_turn();
+        let own = turn.messages.iter().take_while(|it| it.message.author.role == Role::Assistant).count();
+        let reply = chat.apply(turn).unwrap();
+        prop_assert_eq!(reply.added, own);
+        prop_assert_eq!(chat.len(), 1 + own);
+        chat.prompt().unwrap();
     }
 
     #[test]

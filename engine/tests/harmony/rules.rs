@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use engine::harmony::{
-    Author, Chat, Content, Conversation, DeveloperContent, Ending, Error, Event, Message, ReasoningEffort,
-    Role, StreamParser, SystemContent, ToolCall, ToolDescription,
+    Author, Chat, Content, Conversation, DeveloperContent, Ending, Error, Event, Message, Problem,
+    ReasoningEffort, Role, StreamParser, SystemContent, ToolCall, ToolDescription,
 };
 use engine::harmony::{Encoding, token};
 use formats::model_bin::header::Uuid;
@@ -223,6 +223,34 @@ fn system_and_developer_messages_are_replaced_in_place() {
     assert!(prompt.contains("Reasoning: high") && prompt.contains("# Instructions\n\nBe long.<|end|>"));
     chat.truncate(2);
     assert_eq!(roles(&chat), [Role::System, Role::Developer]);
+}
+
+#[test]
+fn a_name_that_is_none_costs_the_name_and_nothing_else() {
+    for name in ["functions.f\u{3000}x", "functions.f\u{a0}", "functions.\u{7}f", "\u{2028}"] {
+        let mut chat = Chat::new(&encoding());
+        chat.add_user("Weather?");
+        let header = plain(&format!(" to={name}"));
+        let turn = [
+            tokens("<|channel|>analysis<|message|>Think.<|end|><|start|>assistant<|channel|>commentary"),
+            header,
+            tokens("<|message|>{}<|call|>"),
+        ];
+        let mut parser = chat.parser();
+        turn.concat().iter().for_each(|&token| drop(parser.push(token)));
+        parser.finish();
+        let turn = parser.into_turn();
+        assert!(
+            turn.notices
+                .iter()
+                .any(|it| matches!(&it.problem, Problem::UnfitName { found } if found == name))
+        );
+        let reply = chat.apply(turn).unwrap();
+        assert_eq!(reply.added, 2, "{name:?}");
+        let last = chat.messages().last().unwrap();
+        assert_eq!(last.recipient, None, "{name:?}");
+        assert!(!chat.prompt().unwrap().is_empty());
+    }
 }
 
 #[test]

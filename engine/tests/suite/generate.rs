@@ -88,6 +88,11 @@ fn the_callback_sees_every_token_at_once_and_can_cancel() {
     assert_eq!(whole.stop, Stop::MaxTokens);
     let mut session = Session::new(&model);
     let logits = session.advance(&PROMPT).unwrap();
+    generate(&mut session, logits, &request(Options::greedy(), 20), &mut |_| ControlFlow::Continue(()))
+        .unwrap();
+    assert_eq!(session.tokens()[PROMPT.len()..], whole.tokens[..19]);
+    let mut session = Session::new(&model);
+    let logits = session.advance(&PROMPT).unwrap();
     let mut seen = Vec::new();
     let outcome = generate(&mut session, logits, &request(Options::greedy(), 20), &mut |step| {
         assert_eq!(step.index, seen.len());

@@ -49,18 +49,20 @@ pub fn bench(console: &Console, arguments: &Arguments) -> Result<Outcome> {
     let stored = arguments.model.open(console)?;
     let device = arguments.device.backend.open()?;
     let residency = Residency::plan(&stored, &arguments.device.load_options(), &device)?;
+    for prompt in &arguments.prompt {
+        let needed = prompt.checked_add(arguments.generate);
+        ensure!(
+            *prompt > 0 && needed.is_some_and(|needed| needed <= residency.context),
+            "--prompt {prompt} and --generate {}: needed 1 to {} tokens together (--context)",
+            arguments.generate,
+            residency.context
+        );
+    }
     let start = Instant::now();
     let model = arguments.device.load_on(&stored, &device, console)?;
     let load_seconds = start.elapsed().as_secs_f64();
     let mut rows = Vec::new();
     for &prompt in &arguments.prompt {
-        let needed = prompt + arguments.generate;
-        ensure!(
-            prompt > 0 && needed <= model.context(),
-            "--prompt {prompt} and --generate {}: needed 1 to {} tokens together (--context)",
-            arguments.generate,
-            model.context()
-        );
         rows.push(measure(&model, prompt, arguments, console)?);
     }
     let peak = peak_host_memory();

@@ -200,10 +200,10 @@ impl Talk<'_> {
             Ok(output)
         })?;
         answer.stats.iter().for_each(|stats| self.totals.add(stats));
+        if !input.is_terminal() && answer.stats.last().is_some_and(Stats::is_cancelled) {
+            interrupt::exit();
+        }
         if answer.is_abandoned {
-            if !input.is_terminal() && answer.stats.last().is_some_and(Stats::is_cancelled) {
-                interrupt::exit();
-            }
             self.take_back();
             self.screen.say("taken back; /retry asks again")?;
         }

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use engine::harmony::{
     Chat, Conversation, DeveloperContent, Encoding, Message, ReasoningEffort, SystemContent,
@@ -101,10 +101,16 @@ pub fn read(path: &Path) -> Result<Conversation> {
     let text = read_text(path)?;
     let name = path.display();
     let value: Value = serde_json::from_str(&text).with_context(|| format!("{name} is no JSON"))?;
-    let list = if value.is_array() { value } else { value["messages"].clone() };
+    let list = match value {
+        Value::Object(mut object) => {
+            object.remove("messages").with_context(|| format!("{name}: found no \"messages\""))?
+        }
+        value => value,
+    };
     let messages: Vec<Message> = serde_json::from_value(list).with_context(|| {
         format!("{name}: needed a Harmony conversation, such as {{\"messages\": [{{\"role\": \"user\", \"content\": \"Hello\"}}]}}")
     })?;
+    ensure!(!messages.is_empty(), "{name}: found no message, needed one at least");
     Ok(Conversation::from_messages(messages))
 }
 

@@ -22,13 +22,19 @@ const PLAIN_TOKENS: usize = 256;
 #[derive(clap::Args)]
 pub struct Arguments {
     /// What the user says, or with --plain the text to go on from; `-` reads standard input.
-    #[arg(long, short, value_name = "TEXT", required_unless_present = "conversation")]
+    #[arg(
+        long,
+        short,
+        value_name = "TEXT",
+        required_unless_present = "conversation",
+        allow_hyphen_values = true
+    )]
     prompt: Option<String>,
     /// A Harmony conversation as JSON that the model goes on from; `-` reads standard input.
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with_all = ["prompt", "plain"])]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with_all = ["prompt", "plain", "reasoning", "system", "date", "developer", "tools"])]
     conversation: Option<PathBuf>,
     /// The prompt is text and no message: no Harmony, any vocabulary.
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["reasoning", "system", "date", "developer", "tools"])]
     plain: bool,
     /// Recognise special tokens such as <|start|> in a plain prompt.
     #[arg(long, requires = "plain")]

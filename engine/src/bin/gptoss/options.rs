@@ -165,19 +165,19 @@ pub struct SamplingOptions {
     #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "min_p"])]
     greedy: bool,
     /// Divides the scores; 0 is --greedy.
-    #[arg(long, value_name = "T", default_value_t = 1.0)]
+    #[arg(long, value_name = "T", default_value_t = 1.0, allow_hyphen_values = true)]
     temperature: f32,
     /// Keep this many of the most probable tokens; 0 keeps all.
     #[arg(long, value_name = "K", default_value_t = 0)]
     top_k: usize,
     /// Keep the most probable tokens that reach this probability together.
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, allow_hyphen_values = true)]
     top_p: f32,
     /// Keep tokens that are at least this part as probable as the most probable one.
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    #[arg(long, value_name = "P", default_value_t = 0.0, allow_hyphen_values = true)]
     min_p: f32,
     /// Divides positive and multiplies negative logits of tokens that occurred.
-    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    #[arg(long, value_name = "R", default_value_t = 1.0, allow_hyphen_values = true)]
     repetition_penalty: f32,
     /// Subtracted for each time that a token was generated.
     #[arg(long, value_name = "F", default_value_t = 0.0, allow_hyphen_values = true)]
@@ -195,7 +195,7 @@ pub struct SamplingOptions {
     #[arg(long, value_name = "N", default_value_t = 0, requires = "json")]
     pub logprobs: usize,
     /// End when the text contains this, or at this special token. May be given several times.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
     /// End after this many tokens [default: the end of the turn or of the context; 256 with --plain].
     #[arg(long, value_name = "N")]
