@@ -78,10 +78,10 @@ pub fn generate(
     sampler.extend_prompt(session.tokens());
     let on_processor = session.model().device().backend() == Backend::Cpu;
     let mut tokens = Vec::new();
+    if request.max_tokens == 0 {
+        return Ok(Outcome { tokens, stop: Stop::MaxTokens, elapsed: start.elapsed() });
+    }
     let stop = loop {
-        if request.max_tokens == 0 {
-            break Stop::MaxTokens;
-        }
         let sampled =
             if on_processor { sampler.sample(&read(logits)?)? } else { sampler.sample_tensor(logits)? };
         let step = Step { token: sampled.token, sampled, index: tokens.len() };

@@ -6,7 +6,7 @@
 
 use openai_harmony::chat::Role;
 
-use super::conversation::{self, CHANNELS, is_tool};
+use super::conversation::{CHANNELS, is_tool, is_word};
 use super::event::{Header, Problem};
 use super::token;
 
@@ -241,9 +241,6 @@ impl Reader<'_> {
             let name = rest.strip_prefix(':').filter(|name| !name.is_empty());
             if rest.is_empty() || name.is_some() {
                 self.role = Role::try_from(*role).ok();
-                if let Some(found) = name.filter(|name| !conversation::is_word(name)) {
-                    self.problems.push(Problem::UnfitName { found: found.into() });
-                }
                 self.author = name.map(Into::into);
                 return Read::Word;
             }
@@ -338,12 +335,7 @@ impl Reader<'_> {
     fn set_recipient(&mut self, name: &str) {
         if name.is_empty() {
             self.problems.push(Problem::EmptyRecipient);
-            return;
-        }
-        if !conversation::is_word(name) {
-            self.problems.push(Problem::UnfitName { found: name.into() });
-        }
-        if let Some(dropped) = self.recipient.replace(name.into()) {
+        } else if let Some(dropped) = self.recipient.replace(name.into()) {
             self.problems.push(Problem::RepeatedRecipient { dropped });
         }
     }
@@ -370,6 +362,9 @@ impl Reader<'_> {
                 (default.clone(), None)
             }
         };
+        for found in [&name, &self.recipient].into_iter().flatten().filter(|name| !is_word(name)) {
+            self.problems.push(Problem::UnfitName { found: found.clone() });
+        }
         let is_said = self.problems.contains(&Problem::MissingChannel);
         if role == Role::Assistant && self.channel.is_none() && !is_said {
             self.problems.push(Problem::MissingChannel);

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Device, Tensor};
 
 use super::bias::{BiasProvider, BiasRequest};
 use super::rows::{concatenated, indices};
@@ -36,10 +36,9 @@ pub struct Visibility {
     pub queries: Range<usize>,
     /// Positions of the keys.
     pub keys: Vec<usize>,
-    /// Tokens that a query sees, itself included.
-    window: Option<usize>,
-    /// i32 `[queries, 1]` and `[1, keys]`: the positions on the device; `None` where all see all.
-    positions: Option<[Tensor<2, Int>; 2]>,
+    /// f32 `[1, queries, keys]`, 0 or [a large negative number](HIDDEN), in parts that any device can hold in a buffer: all
+    /// but the last have equally many queries. `None` where all see all.
+    mask: Option<Vec<Tensor<3>>>,
 }
 
 impl Visibility {
@@ -55,25 +54,41 @@ impl Visibility {
         let sees_all = |query: usize| {
             keys.iter().all(|&key| key <= query && window.is_none_or(|window| key + window > query))
         };
-        let positions = (!(sees_all(first) && sees_all(last))).then(|| {
-            let query = indices(queries.clone(), device).unsqueeze_dim(1);
-            [query, indices(keys.iter().copied(), device).unsqueeze_dim(0)]
+        let mask = (!(sees_all(first) && sees_all(last))).then(|| {
+            let key = indices(keys.iter().copied(), device).unsqueeze_dim::<2>(0);
+            let step = steps(queries.len(), keys.len());
+            let parts = queries.clone().step_by(step).map(|start| {
+                let part = start..queries.end.min(start + step);
+                let size = [part.len(), keys.len()];
+                let query = indices(part, device).unsqueeze_dim::<2>(1);
+                let behind = query.expand(size) - key.clone().expand(size);
+                let mut hidden = behind.clone().lower_elem(0);
+                if let Some(window) = window {
+                    hidden = hidden.bool_or(behind.greater_equal_elem(window as i64));
+                }
+                Tensor::<2>::zeros(size, device).mask_fill(hidden, HIDDEN).unsqueeze_dim(0)
+            });
+            parts.collect()
         });
-        Visibility { queries, keys, window, positions }
+        Visibility { queries, keys, mask }
     }
 
-    /// What is added to the scores of some of the queries, f32 `[1, rows, keys]`: 0 or [a large negative
-    /// number](HIDDEN). Of all queries at once it could be larger than a device's largest buffer.
+    /// What is added to the scores of some of the queries: f32 `[1, rows, keys]`.
     fn mask(&self, rows: Range<usize>) -> Option<Tensor<3>> {
-        let [query, key] = self.positions.clone()?;
-        let size = [rows.len(), self.keys.len()];
-        let behind = query.narrow(0, rows.start, rows.len()).expand(size) - key.expand(size);
-        let mut hidden = behind.clone().lower_elem(0);
-        if let Some(window) = self.window {
-            hidden = hidden.bool_or(behind.clone().greater_equal_elem(window as i64));
-        }
-        Some(Tensor::<2>::zeros(size, &behind.device()).mask_fill(hidden, HIDDEN).unsqueeze_dim(0))
+        let parts = self.mask.as_ref()?;
+        let step = parts.first()?.dims()[1];
+        let parts = (rows.start / step..rows.end.div_ceil(step)).map(|part| {
+            let start = rows.start.max(part * step);
+            let end = rows.end.min((part + 1) * step);
+            parts[part].clone().narrow(1, start - part * step, end - start)
+        });
+        Some(concatenated(parts.collect(), 1))
     }
+}
+
+/// Queries of a step, for f32 scores of so many for each query.
+fn steps(queries: usize, scores: usize) -> usize {
+    (SCORES / (4 * scores).max(1)).clamp(1, queries.max(1))
 }
 
 impl Attention<'_> {
@@ -82,7 +97,7 @@ impl Attention<'_> {
     pub fn forward(&self, q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, visibility: &Visibility) -> Tensor<3> {
         let [tokens, heads, _] = q.dims();
         let keys = k.dims()[1];
-        let step = (SCORES / (4 * heads * keys).max(1)).clamp(1, tokens);
+        let step = steps(tokens, heads * keys);
         let k = k.swap_dims(1, 2);
         let parts = (0..tokens).step_by(step).map(|start| {
             let rows = start..tokens.min(start + step);

@@ -237,6 +237,23 @@ fn attention_with_every_option_follows_its_definition() {
     }
 }
 
+/// 300 queries of 60,000 keys: 72 MB of mask, where a device's buffers may end at 128 MiB and half of that is used.
+#[test]
+fn masks_larger_than_a_step_equal_the_definition() {
+    let (tokens, keys, heads, width, window) = (300, 60_000, 2, 4, Some(50));
+    let [q, k, v] =
+        [(9, tokens), (10, keys), (11, keys)].map(|(seed, rows)| random(seed, rows * heads * width));
+    let naive = NaiveAttention { heads, kv_heads: heads, width, sinks: None, window, slopes: None };
+    let truth = naive.forward(&q, &k, &v);
+    for device in devices() {
+        let attention = Attention { scale: 0.3, ..Attention::default() };
+        let seen = Visibility::causal(keys - tokens..keys, (0..keys).collect(), window, device.burn());
+        let [k, v] = [&k, &v].map(|values| tensor(values, [heads, keys, width], &device));
+        let out = attention.forward(tensor(&q, [tokens, heads, width], &device), k, v, &seen);
+        assert_close(out, &truth, &device);
+    }
+}
+
 #[test]
 fn quiet_softmax_can_attend_to_nothing() {
     let scores = [-3.0f32, 0.5, 2.0, -40.0, -50.0, -60.0];

@@ -31,10 +31,10 @@ pub struct Arguments {
     )]
     prompt: Option<String>,
     /// A Harmony conversation as JSON that the model goes on from; `-` reads standard input.
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with_all = ["prompt", "plain", "reasoning", "system", "date", "developer", "tools"])]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with_all = ["prompt", "plain", "Opening"])]
     conversation: Option<PathBuf>,
     /// The prompt is text and no message: no Harmony, any vocabulary.
-    #[arg(long, conflicts_with_all = ["reasoning", "system", "date", "developer", "tools"])]
+    #[arg(long, conflicts_with = "Opening")]
     plain: bool,
     /// Recognise special tokens such as <|start|> in a plain prompt.
     #[arg(long, requires = "plain")]
