@@ -4,7 +4,9 @@
 #[path = "../examples/evaluate_demo/evaluation.rs"]
 mod evaluation;
 
+use std::fs;
 use std::path::Path;
+use std::sync::Once;
 
 use engine::backend::{Backend, Device};
 use engine::demo;
@@ -13,16 +15,11 @@ use engine::sampling::Options;
 use evaluation::{Score, answer};
 use fixtures::conversations::{Skill, held_out};
 
-/// What the committed model has not learned yet (see `fixtures/demo/README.md`): it is measured by `evaluate_demo`, and
-/// not asked for here.
-const NOT_LEARNED: [Skill; 1] = [Skill::Lookup];
-
-fn learned() -> impl Iterator<Item = Skill> {
-    Skill::ALL.into_iter().filter(|skill| !NOT_LEARNED.contains(skill))
-}
-
 fn load(device: &Device) -> Model {
+    static FRESH: Once = Once::new();
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("demo");
+    // What is there may be an earlier version's.
+    FRESH.call_once(|| drop(fs::remove_dir_all(&folder)));
     let stored = demo::open(&folder, &()).unwrap();
     assert!(stored.path().ends_with("model.bin"));
     Model::load(&stored, &LoadOptions::default(), device, &()).unwrap()
@@ -32,7 +29,7 @@ fn load(device: &Device) -> Model {
 fn held_out_questions_are_answered_exactly() {
     let model = load(&Backend::Cpu.open().unwrap());
     let mut total = Score::default();
-    for skill in learned() {
+    for skill in Skill::ALL {
         let mut score = Score::default();
         for index in 0..12 {
             score.add(&model, &held_out(skill, index).unwrap()).unwrap();
@@ -46,7 +43,7 @@ fn held_out_questions_are_answered_exactly() {
         total.probability += score.probability;
     }
     let [greedy, warm] = total.rates();
-    assert!(greedy >= 0.99 && warm >= 0.98, "in all {greedy} greedily, {warm} at temperature 1");
+    assert!(greedy >= 0.99 && warm >= 0.99, "in all {greedy} greedily, {warm} at temperature 1");
 }
 
 /// What the measurement in one pass stands for: turns generated token by token, from a cache, by both samplers.
@@ -54,7 +51,7 @@ fn held_out_questions_are_answered_exactly() {
 fn generated_turns_are_the_expected_ones() {
     let model = load(&Backend::Cpu.open().unwrap());
     let (mut right, mut all) = (0, 0);
-    for skill in learned() {
+    for skill in Skill::ALL {
         for (index, sampling) in [(20, Options::greedy()), (21, Options { seed: 1, ..Options::default() })] {
             for turn in held_out(skill, index).unwrap().turns {
                 let found =
@@ -82,8 +79,8 @@ fn greedy_turns_are_those_of_the_genuine_module() {
         tokens: Vec<u32>,
     }
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/demo/genuine-greedy.json");
-    let genuine: Vec<Genuine> = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-    assert!(genuine.len() >= learned().count());
+    let genuine: Vec<Genuine> = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+    assert!(genuine.len() >= Skill::ALL.len());
     let model = load(&Backend::Cpu.open().unwrap());
     for Genuine { skill, index, turn, tokens } in genuine {
         let kind = Skill::ALL.into_iter().find(|kind| kind.name() == skill).unwrap();
