@@ -23,6 +23,8 @@ use crate::user_cache;
 const MODEL: &[u8] = include_bytes!("../../fixtures/demo/model.safetensors");
 /// Its configuration, in the keys of the original checkpoints.
 const CONFIG: &[u8] = include_bytes!("../../fixtures/demo/config.json");
+/// What it is called in its folder.
+const FILE: &str = "model.bin";
 /// Embedding rows of the released checkpoints.
 const ROWS: usize = 201_088;
 /// The tensors with a row for each token.
@@ -37,7 +39,15 @@ pub fn open_cached(progress: &dyn Progress) -> Result<Stored> {
     let versions = caches.join("demo");
     let folder = versions.join(&blake3::Hasher::new().update(MODEL).update(CONFIG).finalize().to_hex()[..16]);
     let there = folder.is_dir();
-    let stored = open(&folder, progress)?;
+    let stored = match open(&folder, progress) {
+        // Somebody else's bytes, or half of ours after a full disk: the file can be made again.
+        Err(Error::Format(formats::Error::Invalid { .. })) if there => {
+            let file = folder.join(FILE);
+            fs::remove_file(&file).map_err(formats::Error::io(file))?;
+            open(&folder, progress)?
+        }
+        opened => opened?,
+    };
     if !there {
         // A model that another process still has mapped may not be removable; then the next version removes it.
         for entry in fs::read_dir(&versions).into_iter().flatten().flatten() {
@@ -54,7 +64,7 @@ pub fn open_cached(progress: &dyn Progress) -> Result<Stored> {
 /// # Errors
 /// [`Error::Format`] where the folder cannot be written, or where what is in it is not a valid model.
 pub fn open(folder: &Path, progress: &dyn Progress) -> Result<Stored> {
-    let file = folder.join("model.bin");
+    let file = folder.join(FILE);
     if !file.is_file() {
         fs::create_dir_all(folder).map_err(formats::Error::io(folder))?;
         let temporary = TemporaryFolder::create_in(folder)?;
@@ -93,12 +103,9 @@ pub fn expand(folder: &Path) -> Result<()> {
     }
     let output = OutputFolder::create(folder)?;
     let model = output.path().join("model.safetensors");
-    safetensors::serialize_to_file(views, None, &model).map_err(|error| match error {
-        safetensors::SafeTensorError::IoError(source) => {
-            formats::Error::Io { path: model.clone(), source }.into()
-        }
-        other => damaged(other),
-    })?;
+    // `serialize_to_file` makes a file that nobody else may read.
+    let bytes = safetensors::serialize(views, None).map_err(damaged)?;
+    fs::write(&model, bytes).map_err(formats::Error::io(model))?;
     let config = output.path().join("config.json");
     fs::write(&config, CONFIG).map_err(formats::Error::io(config))?;
     Ok(output.finish()?)

@@ -62,6 +62,14 @@ pub enum Error {
         /// Tokens that there is room for.
         context: usize,
     },
+    /// A session has too few tokens to go back to a length.
+    #[error("going back to {length} tokens: the session has {tokens}")]
+    Rollback {
+        /// The length.
+        length: usize,
+        /// Tokens of the session.
+        tokens: usize,
+    },
     /// Sampling options outside their range.
     #[error(transparent)]
     SamplingOptions(#[from] crate::sampling::OptionsError),

@@ -6,6 +6,7 @@
 
 use std::{env, fs};
 
+use burn::tensor::Tensor;
 use formats::model_bin::{Stored, StoredOptions};
 use formats::output::TemporaryFolder;
 use safetensors::{Dtype, SafeTensors};
@@ -14,6 +15,7 @@ use crate::backend::{Device, Float};
 use crate::error::{Error, Result};
 use crate::gpt_oss::model::read;
 use crate::gpt_oss::{LoadOptions, Model, Sequence, Session, Trace};
+use crate::sampling::{Options, Sampler};
 
 /// The model and its trace.
 const FILES: [(&str, &[u8]); 3] = [
@@ -27,6 +29,11 @@ const TRACE: &[u8] = include_bytes!("../../fixtures/gpt-oss/traces/two-blocks.sa
 const F32_BOUND: f64 = 1e-4;
 /// Half precision may err by this much more than the genuine module in bf16 (relative L2).
 const HALF_BOUND: f64 = 1.2;
+
+/// Tokens drawn in each way.
+const DRAWS: usize = 32;
+/// How many of them, as a fraction, may differ from the processor's.
+const DRAW_BOUND: f64 = 0.02;
 
 /// What a device was found to compute.
 #[derive(Clone, Debug, serde::Serialize)]
@@ -64,8 +71,8 @@ impl Report {
     }
 }
 
-/// Runs the trace on a device: in f32 with packed and with dequantised experts, token by token, and in each half
-/// precision that the device has.
+/// Runs the trace on a device: in f32 with packed and with dequantised experts, token by token, in each half precision
+/// that the device has, and as models are loaded on it by default; and draws tokens there.
 ///
 /// # Errors
 /// [`Error::Device`] where the device fails outright, [`Error::Format`] where the temporary folder cannot be written.
@@ -94,17 +101,21 @@ pub fn run(device: &Device) -> Result<Report> {
         }
     }
     let genuine = values(&trace, "bf16.errors")?;
-    for float in [Float::Bf16, Float::F16].into_iter().filter(|&float| device.supports(float)) {
-        let types = (Some(float), Some(float), Some(float));
-        let options =
-            LoadOptions { activations: types.0, weights: types.1, cache: types.2, ..LoadOptions::default() };
+    let half = [Float::Bf16, Float::F16].into_iter().filter(|&float| device.supports(float));
+    let half = half.map(|float| {
+        let types = [Some(float); 3];
+        let [activations, weights, cache] = types;
+        (float.to_string(), LoadOptions { activations, weights, cache, ..LoadOptions::default() })
+    });
+    for (name, options) in half.chain([("the default types".into(), LoadOptions::default())]) {
         let model = Model::load(&stored, &options, device, &())?;
         let errors = compute(&model, &tokens)?.into_iter().zip(&genuine).map(|((name, found), genuine)| {
             let truth = values(&trace, &name)?;
             Ok((name, l2_error(&found, &truth), HALF_BOUND * genuine + 1e-6))
         });
-        checks.push(worst(format!("{float}, packed experts"), errors)?);
+        checks.push(worst(format!("{name}, packed experts"), errors)?);
     }
+    checks.push(drawing(device, &values(&trace, "logits")?)?);
     Ok(Report { device: format!("{} ({})", device.name(), device.backend()), checks })
 }
 
@@ -125,6 +136,31 @@ fn token_by_token(model: &Model, tokens: &[u32], truth: &[f64]) -> Result<Check>
         Ok(("logits".to_string(), largest_error(&found, truth), F32_BOUND))
     });
     worst("f32, token by token".into(), errors)
+}
+
+/// How often a token drawn on the device is not the one that the processor draws with the same random number. Sums in
+/// another order move the boundaries between tokens a little.
+fn drawing(device: &Device, logits: &[f64]) -> Result<Check> {
+    let logits: Vec<f32> = logits.iter().map(|&logit| logit as f32).collect();
+    let tensor = Tensor::<1>::from_data(logits.as_slice(), device.burn());
+    let ways = [
+        Options::greedy(),
+        Options { top_k: 40, ..Options::default() },
+        Options { top_p: 0.9, temperature: 0.8, ..Options::default() },
+        Options { min_p: 0.05, repetition_penalty: 1.2, ..Options::default() },
+    ];
+    let mut wrong = 0;
+    for options in ways.clone() {
+        let (mut here, mut there) = (Sampler::new(options.clone())?, Sampler::new(options)?);
+        for _ in 0..DRAWS {
+            let token = here.sample(&logits)?.token;
+            let u = there.next_uniform();
+            wrong += usize::from(there.sample_tensor_at(tensor.clone(), u)?.token != token);
+            there.accept(token);
+        }
+    }
+    let error = wrong as f64 / (DRAWS * ways.len()) as f64;
+    Ok(Check { name: "drawing tokens".into(), worst_tensor: "tokens".into(), error, bound: DRAW_BOUND })
 }
 
 /// The check whose tensor comes closest to its bound.

@@ -25,13 +25,25 @@ pub enum Container {
 }
 
 impl Container {
-    /// Looks at the first bytes only.
+    /// Looks at the first bytes and at the name only.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where it cannot be read, [`Error::Unsupported`] for a file of a checkpoint's folder.
     pub fn detect(path: &Path) -> Result<Container> {
         if path.metadata().map_err(Error::io(path))?.is_dir() {
             return Ok(Container::Checkpoint);
         }
         let mut magic = Vec::new();
         File::open(path).and_then(|file| file.take(4).read_to_end(&mut magic)).map_err(Error::io(path))?;
+        let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+        if matches!(extension, "safetensors" | "json") {
+            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+            return Err(Error::Unsupported(format!(
+                "{} is a part of a checkpoint; name its folder, {}",
+                path.display(),
+                folder.unwrap_or(Path::new(".")).display()
+            )));
+        }
         Ok(if magic == *b"GGUF" { Container::Gguf } else { Container::ModelBin })
     }
 }

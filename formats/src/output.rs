@@ -38,8 +38,11 @@ impl Output {
             )));
         }
         let folder = parent(target);
-        let (file, temporary) =
-            builder(0o666).tempfile_in(folder).map(NamedTempFile::into_parts).map_err(Error::io(folder))?;
+        let (file, temporary) = builder(0o666)
+            .tempfile_in(folder)
+            .map(NamedTempFile::into_parts)
+            .map_err(bare)
+            .map_err(Error::io(folder))?;
         with_pending(|pending| pending.push(temporary.to_path_buf()));
         Ok(Output { file, temporary: Some(temporary), target: target.to_path_buf() })
     }
@@ -123,7 +126,7 @@ impl TemporaryFolder {
     /// # Errors
     /// [`Error::Io`] where that cannot be written to.
     pub fn create_in(folder: &Path) -> Result<TemporaryFolder> {
-        let temporary = builder(0o777).tempdir_in(folder).map_err(Error::io(folder))?;
+        let temporary = builder(0o777).tempdir_in(folder).map_err(bare).map_err(Error::io(folder))?;
         with_pending(|pending| pending.push(temporary.path().to_path_buf()));
         Ok(TemporaryFolder(temporary))
     }
@@ -138,6 +141,12 @@ impl Drop for TemporaryFolder {
     fn drop(&mut self) {
         forget(self.path());
     }
+}
+
+/// An error of tempfile as the operating system gave it, without the temporary name in its text.
+fn bare(error: io::Error) -> io::Error {
+    let inner = error.get_ref().and_then(|inner| inner.source()?.downcast_ref::<io::Error>());
+    inner.and_then(io::Error::raw_os_error).map_or(error, io::Error::from_raw_os_error)
 }
 
 /// Makes sure that a file holds this: writes it, with its folder, unless it does.

@@ -68,7 +68,11 @@ impl LoadOptions {
         }
         let context = self.context.unwrap_or(config.context_length);
         if context == 0 || context > config.context_length {
-            return Err(Error::Length { length: context, context: config.context_length });
+            return Err(Error::Model {
+                field: "--context",
+                found: context.to_string(),
+                needed: format!("1 to {}, the model's context length", config.context_length),
+            });
         }
         let experts = self.dequantize.then_some(weights);
         Ok(Types { activations, weights, cache, experts, context })

@@ -21,7 +21,7 @@ use crate::nn::rope::{Frequencies, Pairing, RotationTable};
 use crate::nn::rows::concatenated;
 
 /// Tokens that a prefill processes at a time.
-const PREFILL: usize = 512;
+pub(super) const PREFILL: usize = 512;
 
 /// GPT-OSS on a device.
 pub struct Model {
@@ -120,10 +120,13 @@ impl Model {
     /// sequences end to end. The caches are longer by the tokens afterwards.
     ///
     /// # Errors
-    /// [`Error::Token`] for an id outside the vocabulary, [`Error::Length`] where a sequence is empty or exceeds the
-    /// context. Nothing has changed then.
+    /// [`Error::Token`] for an id outside the vocabulary, [`Error::Length`] where there is no sequence, or where one is
+    /// empty or exceeds the context. Nothing has changed then.
     pub fn forward(&self, batch: &mut [Sequence<'_>], mut trace: Option<&mut Trace>) -> Result<Tensor<2>> {
         let spans = self.spans(batch)?;
+        if spans.is_empty() {
+            return Err(Error::Length { length: 0, context: self.context() });
+        }
         let tokens: Vec<u32> = batch.iter().flat_map(|sequence| sequence.tokens).copied().collect();
         let rope = self.rope.table(spans.iter().flat_map(|span| span.positions.clone()), self.device.burn());
         let mut x = self.embedding.rows(&tokens);
@@ -229,12 +232,17 @@ impl Model {
         cache.next(tokens.len())?;
         let mut last = None;
         for chunk in tokens.chunks(PREFILL) {
-            let x = self.forward(&mut [Sequence { cache: &mut *cache, tokens: chunk }], None)?;
-            last = Some(x.narrow(0, chunk.len() - 1, 1));
+            last = Some(self.extend(cache, chunk)?);
         }
         // `next` has refused an empty sequence.
         let last = last.ok_or(Error::Length { length: 0, context: self.context() })?;
         Ok(self.unembed(last).squeeze_dim(0))
+    }
+
+    /// Adds tokens to a sequence: f32 `[1, embedding_dim]`, the last one's row after the final norm.
+    pub(super) fn extend(&self, cache: &mut KvCache, tokens: &[u32]) -> Result<Tensor<2>> {
+        let x = self.forward(&mut [Sequence { cache, tokens }], None)?;
+        Ok(x.narrow(0, tokens.len() - 1, 1))
     }
 
     /// Logits after each token of a sequence of its own, chunk by chunk: `each` gets the positions and their logits,

@@ -7,7 +7,7 @@ use formats::model_bin::tensors::{TensorId, TensorKind};
 
 use super::config::Config;
 use super::load::LoadOptions;
-use crate::backend::{Device, Float};
+use crate::backend::{Backend, Device, Float};
 use crate::error::{Bytes, Error, Result};
 use crate::nn::cache::CacheLayout;
 
@@ -20,14 +20,18 @@ pub struct Residency {
     pub parts: Vec<Part>,
     /// Tokens that the caches are counted for.
     pub context: usize,
-    /// Bytes of a sequence's caches at once, and of each snapshot of it.
+    /// Bytes of the caches of a sequence that begins.
     pub first_cache: u64,
     /// Bytes of each snapshot of a sequence.
     pub snapshot: u64,
     /// Bytes in use while a layer is loaded, in host memory.
     pub staging: u64,
-    /// Bytes that there are, where known.
+    /// Bytes that there are, where known: what the host has available, or all of a GPU's memory.
     pub available: Option<u64>,
+    /// Tokens that there is room for, where that is known and less than `context`.
+    pub tokens: Option<usize>,
+    /// Whether the device is the host, so that `staging` is taken from the same memory.
+    pub is_host: bool,
     /// What needs the largest buffers, and their bytes. (Embeddings are cut where they exceed the device's limit.)
     pub largest_buffers: [(&'static str, u64); 2],
     /// Bytes of the largest buffer that the device can have, where there is a limit.
@@ -89,7 +93,7 @@ impl Residency {
         };
         let layer_experts = if config.num_blocks == 0 { 0 } else { packed / config.num_blocks as u64 };
         let table = config.vocabulary as u64 * config.embedding_dim as u64 * types.weights.size();
-        Ok(Residency {
+        let mut residency = Residency {
             device: format!("{} ({})", device.name(), device.backend()),
             parts,
             context: cache.context,
@@ -102,7 +106,14 @@ impl Residency {
                 ("the keys of a full sequence in a block", cache.token() / 2 * cache.context as u64),
             ],
             max_buffer: device.max_buffer(),
-        })
+            tokens: None,
+            is_host: device.backend() == Backend::Cpu,
+        };
+        residency.tokens = residency.available.and_then(|available| {
+            let room = available.saturating_sub(residency.weights());
+            (cache.bytes(cache.context) > room).then(|| cache.longest(room))
+        });
+        Ok(residency)
     }
 
     /// Bytes of the weights.
@@ -110,9 +121,10 @@ impl Residency {
         self.parts[..self.parts.len() - 1].iter().map(|part| part.bytes).sum()
     }
 
-    /// Bytes that must be there to begin with: weights and a short sequence. Long sequences take more as they grow.
+    /// Bytes that must be there to begin with: weights and a short sequence, and what loading takes. Long sequences take
+    /// more as they grow.
     pub fn needed(&self) -> u64 {
-        self.weights() + self.first_cache
+        self.weights() + self.first_cache + if self.is_host { self.staging } else { 0 }
     }
 
     /// Refuses what cannot fit.
@@ -190,8 +202,15 @@ impl fmt::Display for Residency {
             writeln!(f, "  {:>12}  {} ({})", Bytes(part.bytes).to_string(), part.name, part.stored_as)?;
         }
         let total = self.weights() + self.parts.last().map_or(0, |part| part.bytes);
+        let limit = match self.tokens {
+            Some(tokens) => format!("; a sequence of more than about {tokens} tokens will not fit"),
+            None => String::new(),
+        };
         let available = match self.available {
-            Some(bytes) => format!("{:>12}  available", Bytes(bytes).to_string()),
+            Some(bytes) if self.is_host => format!("{:>12}  available{limit}", Bytes(bytes).to_string()),
+            Some(bytes) => {
+                format!("{:>12}  on the device, what others use included{limit}", Bytes(bytes).to_string())
+            }
             None => format!("{:>12}  available: the driver does not say", "?"),
         };
         writeln!(

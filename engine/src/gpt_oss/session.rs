@@ -10,9 +10,11 @@
 //!                                       ▲ snapshot
 //! ```
 
+use std::ops::ControlFlow;
+
 use burn::tensor::Tensor;
 
-use super::model::Model;
+use super::model::{Model, PREFILL};
 use crate::error::{Error, Result};
 use crate::nn::cache::{KvCache, Snapshot};
 
@@ -22,7 +24,17 @@ pub struct Session<'m> {
     model: &'m Model,
     tokens: Vec<u32>,
     cache: KvCache,
-    snapshots: Vec<Snapshot>,
+    /// What follows the last token.
+    logits: Option<Tensor<1>>,
+    marks: Vec<Mark>,
+}
+
+/// A length that can be gone back to.
+#[derive(Clone)]
+struct Mark {
+    snapshot: Snapshot,
+    /// What followed the last token then.
+    logits: Option<Tensor<1>>,
 }
 
 /// What [`Session::advance_to`] did.
@@ -51,8 +63,8 @@ impl<'m> Session<'m> {
     /// An empty session.
     pub fn new(model: &'m Model) -> Session<'m> {
         let cache = model.new_cache();
-        let snapshots = vec![cache.snapshot()];
-        Session { model, tokens: Vec::new(), cache, snapshots }
+        let marks = vec![Mark { snapshot: cache.snapshot(), logits: None }];
+        Session { model, tokens: Vec::new(), cache, logits: None, marks }
     }
 
     /// The model that it runs on.
@@ -72,7 +84,7 @@ impl<'m> Session<'m> {
 
     /// Lengths that can be gone back to without computing anything again, ascending.
     pub fn snapshots(&self) -> impl Iterator<Item = usize> {
-        self.snapshots.iter().map(Snapshot::len)
+        self.marks.iter().map(|mark| mark.snapshot.len())
     }
 
     /// Adds tokens; the logits that follow the last one, f32 `[vocabulary]`.
@@ -82,61 +94,103 @@ impl<'m> Session<'m> {
     pub fn advance(&mut self, tokens: &[u32]) -> Result<Tensor<1>> {
         let logits = self.model.prefill(&mut self.cache, tokens)?;
         self.tokens.extend_from_slice(tokens);
+        self.logits = Some(logits.clone());
         Ok(logits)
     }
 
     /// Makes the present length one that can be gone back to for free. Costs the memory of the rings, once they are
-    /// written to again ([`crate::nn::cache::CacheLayout::snapshot_bytes`]).
+    /// written to again ([`crate::nn::cache::CacheLayout::snapshot_bytes`]), and of a row of logits.
     pub fn snapshot(&mut self) {
-        if self.snapshots.last().is_none_or(|last| last.len() < self.tokens.len()) {
-            self.snapshots.push(self.cache.snapshot());
+        if self.marks.last().is_none_or(|last| last.snapshot.len() < self.tokens.len()) {
+            self.marks.push(Mark { snapshot: self.cache.snapshot(), logits: self.logits.clone() });
         }
     }
 
-    /// Forgets all snapshots but that of the empty session and the last one, to save memory.
-    pub fn drop_old_snapshots(&mut self) {
-        let end = self.snapshots.len().saturating_sub(1).max(1);
-        self.snapshots.drain(1..end);
+    /// Forgets all snapshots but that of the empty session and the last `count`, to save memory.
+    pub fn keep_snapshots(&mut self, count: usize) {
+        let end = self.marks.len().saturating_sub(count).max(1);
+        self.marks.drain(1..end);
     }
 
     /// Goes back to the first `len` tokens, from the nearest earlier snapshot, from which on tokens are computed again.
     ///
     /// # Errors
-    /// [`Error::Length`] where there are fewer tokens.
+    /// [`Error::Rollback`] where there are fewer tokens.
     pub fn rollback(&mut self, len: usize) -> Result<Rollback> {
         if len > self.tokens.len() {
-            return Err(Error::Length { length: len, context: self.tokens.len() });
+            return Err(Error::Rollback { length: len, tokens: self.tokens.len() });
         }
         if len == self.tokens.len() {
             return Ok(Rollback { len, recomputed: 0 });
         }
-        let from = self.return_to(len);
-        let again = self.tokens[from..len].to_vec();
-        self.tokens.truncate(from);
+        let known = self.tokens[..len].to_vec();
+        self.return_to(len);
+        let again = &known[self.tokens.len()..];
         if !again.is_empty() {
-            self.advance(&again)?;
+            self.advance(again)?;
         }
         Ok(Rollback { len, recomputed: again.len() })
     }
 
     /// Makes the session's tokens exactly `tokens`, keeping what it can: it goes back to the last snapshot within the
-    /// common prefix and prefills from there. At least the last token is computed, for its logits.
+    /// common prefix and prefills from there.
     ///
     /// # Errors
     /// [`Error::Token`] and [`Error::Length`]; nothing has changed then.
     pub fn advance_to(&mut self, tokens: &[u32]) -> Result<Advance> {
+        match self.advance_to_watched(tokens, &mut |_| ControlFlow::Continue(()))? {
+            Some(advance) => Ok(advance),
+            // It was never told to stop.
+            None => Err(Error::Length { length: tokens.len(), context: self.model.context() }),
+        }
+    }
+
+    /// [`Session::advance_to`] that can be watched and ended: `watch` gets the number of tokens that there are before
+    /// each chunk that is prefilled. Where it breaks, there is nothing to return, and the session has these tokens.
+    ///
+    /// # Errors
+    /// As [`Session::advance_to`].
+    pub fn advance_to_watched(
+        &mut self,
+        tokens: &[u32],
+        watch: &mut dyn FnMut(usize) -> ControlFlow<()>,
+    ) -> Result<Option<Advance>> {
         let context = self.model.context();
         if tokens.is_empty() || tokens.len() > context {
             return Err(Error::Length { length: tokens.len(), context });
         }
         self.model.check_tokens(tokens)?;
         let common = self.tokens.iter().zip(tokens).take_while(|(a, b)| a == b).count();
+        if common < self.tokens.len() {
+            self.return_to(common);
+        }
+        if self.tokens.len() == tokens.len() {
+            if let Some(logits) = self.logits.clone() {
+                return Ok(Some(Advance { reused: tokens.len(), recomputed: 0, prefilled: 0, logits }));
+            }
+            // A prefill was ended here: the last token is computed once more, for its logits.
+            self.return_to(tokens.len() - 1);
+        }
+        let reused = self.tokens.len();
         let known = common.min(tokens.len() - 1);
-        let reused = if known == self.tokens.len() { known } else { self.return_to(known) };
-        self.tokens.truncate(reused);
-        let logits = self.advance(&tokens[reused..])?;
-        let recomputed = known - reused;
-        Ok(Advance { reused, recomputed, prefilled: tokens.len() - known, logits })
+        self.logits = None;
+        let mut last = None;
+        for chunk in tokens[reused..].chunks(PREFILL) {
+            if last.is_some() {
+                // Devices work behind the host's back: what was asked for before shall be done when this is watched.
+                self.model.device().sync()?;
+            }
+            if watch(self.tokens.len()).is_break() {
+                return Ok(None);
+            }
+            last = Some(self.model.extend(&mut self.cache, chunk)?);
+            self.tokens.extend_from_slice(chunk);
+        }
+        Ok(last.map(|row| {
+            let logits = self.model.unembed(row).squeeze_dim::<1>(0);
+            self.logits = Some(logits.clone());
+            Advance { reused, recomputed: known - reused, prefilled: tokens.len() - known, logits }
+        }))
     }
 
     /// A second session that shares everything so far; what either does afterwards is its own.
@@ -144,14 +198,14 @@ impl<'m> Session<'m> {
         self.clone()
     }
 
-    /// Restores the last snapshot of at most `len` tokens, forgets later ones and returns its length. The tokens are
-    /// left to the caller.
-    fn return_to(&mut self, len: usize) -> usize {
+    /// Restores the last snapshot of at most `len` tokens, its tokens and its logits, and forgets later ones.
+    fn return_to(&mut self, len: usize) {
         // The first snapshot, that of the empty session, is never dropped.
-        let last = self.snapshots.iter().rposition(|snapshot| snapshot.len() <= len).unwrap_or(0);
-        self.snapshots.truncate(last + 1);
-        let snapshot = &self.snapshots[last];
-        self.cache.restore(snapshot);
-        snapshot.len()
+        let last = self.marks.iter().rposition(|mark| mark.snapshot.len() <= len).unwrap_or(0);
+        self.marks.truncate(last + 1);
+        let mark = &self.marks[last];
+        self.cache.restore(&mark.snapshot);
+        self.tokens.truncate(mark.snapshot.len());
+        self.logits.clone_from(&mark.logits);
     }
 }

@@ -1,6 +1,6 @@
 //! Which conversations can be rendered, and which messages a prompt holds.
 
-use openai_harmony::chat::{Content, Message, Role};
+use openai_harmony::chat::{Content, DeveloperContent, Message, Role, ToolDescription};
 use serde_json::Value;
 
 use super::error::{Error, Result};
@@ -86,6 +86,9 @@ pub(super) fn check(index: usize, message: &Message) -> Result<()> {
                     "the role developer",
                 );
             }
+            Content::DeveloperContent(content) if let Some((found, needed)) = unfit_tool(content) => {
+                return error("tools", found, needed);
+            }
             content => serde_json::to_value(content).map_err(|error| Error::Library(error.to_string()))?,
         };
         if let Some(run) = longest_run(&value).filter(|&run| run > MAX_RUN) {
@@ -97,6 +100,29 @@ pub(super) fn check(index: usize, message: &Message) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The first tool that could not be described or called: what it is, and what would do.
+fn unfit_tool(content: &DeveloperContent) -> Option<(String, &'static str)> {
+    let namespaces = content.tools.iter().flatten();
+    namespaces.map(|(_, namespace)| &namespace.tools).find_map(|tools| {
+        tools.iter().enumerate().find_map(|(index, tool)| {
+            let ToolDescription { name, parameters, .. } = tool;
+            let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+            if name.is_empty() || !name.chars().all(is_name) {
+                Some((format!("a function named {name:?}"), "a name of letters, digits, _ and -"))
+            } else if tools[..index].iter().any(|other| other.name == *name) {
+                Some((format!("two functions named {name}"), "different names"))
+            } else if parameters.as_ref().is_some_and(|schema| !schema.is_object()) {
+                Some((
+                    format!("parameters of {name} that are no object"),
+                    "a JSON schema of an object, or none",
+                ))
+            } else {
+                None
+            }
+        })
+    })
 }
 
 /// Whether a part of a header stays one part.

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use formats::tokenizer::{Decoded, TextDecoder};
-use openai_harmony::chat::{Message, Role};
+use openai_harmony::chat::{Content, Message, Role};
 
 use super::call::ToolCall;
 use super::conversation::{CHANNELS, is_tool};
@@ -107,6 +107,20 @@ impl Turn {
     pub fn answer(&self) -> String {
         let answers = self.messages.iter().filter(|parsed| parsed.is_answer());
         answers.map(ParsedMessage::text).collect::<Vec<_>>().join("\n")
+    }
+
+    /// Shortens the content of the last message to so many bytes (to the character that they end in), as if nothing had
+    /// followed. It is said again by its text then, not by its tokens.
+    pub fn shorten_last(&mut self, bytes: usize) {
+        let Some(last) = self.messages.last_mut() else { return };
+        if let Some(Content::Text(content)) = last.message.content.first_mut()
+            && bytes < content.text.len()
+        {
+            let end = content.text.floor_char_boundary(bytes);
+            content.text.truncate(end);
+            last.is_well_formed = false;
+            last.ending = Ending::Cut;
+        }
     }
 
     /// The tool calls, in order.

@@ -16,7 +16,7 @@ const HIDDEN: f32 = -1e30;
 const SCORES: usize = 64 << 20;
 
 /// Scaled dot-product attention.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Attention<'a> {
     /// The factor of the scores; `model.bin` has it in the weights already, so that 1 is right there.
     pub scale: f32,
@@ -91,7 +91,12 @@ fn steps(queries: usize, scores: usize) -> usize {
     (SCORES / (4 * scores).max(1)).clamp(1, queries.max(1))
 }
 
-impl Attention<'_> {
+impl<'a> Attention<'a> {
+    /// Plain attention with this factor, commonly `1 / √head_dim`.
+    pub fn scaled(scale: f32) -> Attention<'a> {
+        Attention { scale, sinks: None, bias: None, layer: 0 }
+    }
+
     /// f32 queries `[tokens, heads, head_dim]` over f32 keys and values `[kv_heads, keys, head_dim]`:
     /// f32 `[tokens, heads, head_dim]`. Query head `h` reads key head `h / (heads / kv_heads)`.
     pub fn forward(&self, q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, visibility: &Visibility) -> Tensor<3> {

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use burn::tensor::{Device, Tensor};
 
 use super::linear::as_type;
+use super::rows::concatenated;
 use crate::backend::Float;
 use crate::error::{Error, Result};
 
@@ -49,6 +50,16 @@ impl CacheLayout {
     pub fn bytes(&self, tokens: usize) -> u64 {
         let slots = self.windows.iter().map(|window| window.unwrap_or(tokens) as u64);
         slots.sum::<u64>() * self.token()
+    }
+
+    /// Tokens of the longest cache of at most so many bytes.
+    pub fn longest(&self, bytes: u64) -> usize {
+        let growing = self.windows.iter().filter(|window| window.is_none()).count() as u64;
+        let left = bytes.saturating_sub(self.snapshot_bytes());
+        match growing * self.token() {
+            0 => self.context,
+            each => ((left / each) as usize).min(self.context),
+        }
     }
 
     /// Bytes of the rings, which each snapshot holds once more.
@@ -170,7 +181,7 @@ impl KvCache {
                 stored.write(0, cut..tokens, keys.clone(), values.clone());
                 match start {
                     0 => (keys, values),
-                    _ => (Tensor::cat(vec![past.0, keys], 1), Tensor::cat(vec![past.1, values], 1)),
+                    _ => (concatenated(vec![past.0, keys], 1), concatenated(vec![past.1, values], 1)),
                 }
             }
         };

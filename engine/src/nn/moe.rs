@@ -15,6 +15,12 @@ use super::rows::{concatenated, indices};
 use super::swiglu::swiglu;
 use crate::backend::Float;
 
+/// Bytes that the hidden rows of one step may take; more tokens are cut. Below the 128 MiB of the smallest devices.
+const HIDDEN: usize = 64 << 20;
+
+/// Pairs of a token and an expert in one step: a kernel has a cube for each, and devices allow 65535 on an axis.
+const MOST_PAIRS: usize = 65_535;
+
 /// Selects experts.
 #[derive(Clone, Debug)]
 pub struct Router {
@@ -110,6 +116,19 @@ impl Moe {
 
     /// [`Moe::forward`] with experts selected by the caller.
     pub fn forward_selected(&self, x: Tensor<2>, selection: Selection) -> Tensor<2> {
+        let [tokens, active] = selection.experts.dims();
+        let step = (HIDDEN / (4 * active * self.mlp1_bias.dims()[1]).max(1))
+            .clamp(1, (MOST_PAIRS / active.max(1)).max(1));
+        let parts = (0..tokens).step_by(step).map(|start| {
+            let rows = tokens.min(start + step) - start;
+            let experts = selection.experts.clone().narrow(0, start, rows);
+            let weights = selection.weights.clone().narrow(0, start, rows);
+            self.rows(x.clone().narrow(0, start, rows), Selection { experts, weights })
+        });
+        concatenated(parts.collect(), 0)
+    }
+
+    fn rows(&self, x: Tensor<2>, selection: Selection) -> Tensor<2> {
         let [tokens, active] = selection.experts.dims();
         let width = x.dims()[1];
         let experts: Tensor<1, Int> = selection.experts.reshape([tokens * active]);

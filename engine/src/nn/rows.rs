@@ -9,6 +9,23 @@ pub(crate) fn indices(indices: impl IntoIterator<Item = usize>, device: &Device)
 }
 
 /// Parts along an axis, at least one. A single part is not copied, as `Tensor::cat` does.
+///
+/// Where an allocation fails, CubeCL computes nothing that depends on it, and reading any of it is an error. But a tensor
+/// that is written part by part counts as sound again as soon as one part was written. So the result depends on every
+/// part once more.
 pub(crate) fn concatenated<const D: usize>(mut parts: Vec<Tensor<D>>, axis: usize) -> Tensor<D> {
-    if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(parts, axis) }
+    if parts.len() == 1 {
+        return parts.remove(0);
+    }
+    let first = std::array::from_fn::<_, D, _>(|_| 0..1);
+    let first_values = parts.iter().map(|part| part.clone().slice(first.clone()).equal_elem(0.0).float());
+    let zero = first_values.reduce(|a, b| a + b).map(|sum| sum.mul_scalar(0.0));
+    let all = Tensor::cat(parts, axis);
+    match zero {
+        Some(zero) => {
+            let zero = zero.cast(all.dtype());
+            all + zero
+        }
+        None => all,
+    }
 }

@@ -79,10 +79,6 @@ impl Grid {
         self.vocabulary == vocabulary && self.device == *device
     }
 
-    fn padding(&self) -> usize {
-        self.rows * self.columns - self.vocabulary
-    }
-
     /// A table with a value for each token; `filler` elsewhere.
     fn table(&self, values: impl IntoIterator<Item = (u32, f32)>, filler: f32) -> Tensor<1> {
         let mut table = vec![filler; self.rows * self.columns];
@@ -97,8 +93,8 @@ impl Grid {
 #[derive(Clone)]
 struct Tables {
     grid: Grid,
-    /// f32 `[padding]`: logits of no token.
-    padding: Option<Tensor<1>>,
+    /// f32 `[rows · columns]`: logits of no token, where there are more places than tokens.
+    blank: Option<Tensor<1>>,
     /// f32 `[rows, columns]`.
     bias: Option<Tensor<2>>,
     history: Option<HistoryTables>,
@@ -160,11 +156,12 @@ impl HistoryTables {
 impl Tables {
     fn new(options: &Options, vocabulary: usize, device: Device) -> Tables {
         let grid = Grid::new(vocabulary, device);
-        let padding = grid.padding();
+        let places = grid.rows * grid.columns;
         let biases = options.logit_bias.iter().map(|(&token, &bias)| (token, bias.max(NEVER)));
         let shape = [grid.rows, grid.columns];
         Tables {
-            padding: (padding > 0).then(|| Tensor::full([padding], NEVER, (&grid.device, DType::F32))),
+            blank: (places > grid.vocabulary)
+                .then(|| Tensor::full([places], NEVER, (&grid.device, DType::F32))),
             bias: (!options.logit_bias.is_empty()).then(|| grid.table(biases, 0.0).reshape(shape)),
             ladder: (!options.is_greedy() && (options.top_k > 0 || options.top_p < 1.0))
                 .then(|| Ladder::new(&grid.device)),
@@ -192,8 +189,12 @@ impl Tables {
     fn launch(&self, options: &Options, logits: Tensor<1>, u: f32) -> Pending {
         let shape = [self.grid.rows, self.grid.columns];
         let returned = (options.top_logprobs > 0).then(|| logits.clone());
-        let padded = match &self.padding {
-            Some(padding) => Tensor::cat(vec![logits.clone(), padding.clone()], 0),
+        let padded = match &self.blank {
+            // The logits are written last: were they never computed, this cannot be read either (see `concatenated`).
+            Some(blank) => {
+                let tokens = 0..self.grid.vocabulary;
+                blank.clone().slice_assign([tokens], logits.clone())
+            }
             None => logits.clone(),
         };
         let raw: Tensor<2> = padded.reshape(shape);

@@ -88,6 +88,29 @@ fn messages_that_would_be_something_else_are_refused() {
 }
 
 #[test]
+fn tools_that_could_not_be_called_are_refused() {
+    let tool = |name: &str, parameters| ToolDescription::new(name, "", parameters);
+    let cases = [
+        (vec![tool("", None)], "a function named \"\""),
+        (vec![tool("a b", None)], "a function named \"a b\""),
+        (vec![tool("a<|end|>", None)], "a function named \"a<|end|>\""),
+        (vec![tool("a", None), tool("b", None), tool("a", None)], "two functions named a"),
+        (vec![tool("a", Some(json!("x")))], "parameters of a that are no object"),
+        (vec![tool("a", Some(json!([1, 2])))], "parameters of a that are no object"),
+    ];
+    for (tools, needed) in cases {
+        let content = DeveloperContent::new().with_function_tools(tools);
+        let message = Message::from_role_and_content(Role::Developer, content.clone());
+        let (index, field, found) = refused([message]);
+        assert_eq!((index, field, found.as_str()), (0, "tools", needed));
+        assert!(Chat::new(&encoding()).set_developer(content).is_err());
+    }
+    let fit = vec![tool("get_price", Some(json!({ "type": "object" }))), tool("a-1", None)];
+    let content = DeveloperContent::new().with_function_tools(fit);
+    Chat::new(&encoding()).set_developer(content).unwrap();
+}
+
+#[test]
 fn long_runs_are_encoded_quickly_or_refused() {
     let start = Instant::now();
     // Upstream takes quadratic time for this one: minutes.

@@ -2,6 +2,7 @@
 
 use crate::devices::devices;
 use burn::tensor::{DType, Int, Tensor, TensorData};
+use engine::Error;
 use engine::backend::{Device, Float};
 use engine::gpt_oss::model::read;
 use engine::kernels::product::product;
@@ -15,6 +16,7 @@ use engine::nn::mxfp4::Mxfp4Linear;
 use engine::nn::norm::RmsNorm;
 use engine::nn::rope::{Frequencies, Pairing, Yarn};
 use engine::nn::swiglu::swiglu;
+use engine::sampling::{Options, SampleError, Sampler};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -246,7 +248,7 @@ fn masks_larger_than_a_step_equal_the_definition() {
     let naive = NaiveAttention { heads, kv_heads: heads, width, sinks: None, window, slopes: None };
     let truth = naive.forward(&q, &k, &v);
     for device in devices() {
-        let attention = Attention { scale: 0.3, ..Attention::default() };
+        let attention = Attention::scaled(0.3);
         let seen = Visibility::causal(keys - tokens..keys, (0..keys).collect(), window, device.burn());
         let [k, v] = [&k, &v].map(|values| tensor(values, [heads, keys, width], &device));
         let out = attention.forward(tensor(&q, [tokens, heads, width], &device), k, v, &seen);
@@ -353,6 +355,9 @@ fn caches_of_the_released_models_take_what_their_sizes_say() {
     let layout = CacheLayout { kv_heads: 8, head_dim: 64, float: Float::F16, context: 131_072, windows };
     assert_eq!(layout.snapshot_bytes(), 3 << 20);
     assert_eq!(layout.bytes(131_072), (3 << 20) + (12 * 131_072 * 2 * 8 * 64 * 2));
+    assert_eq!(layout.longest(layout.bytes(5000)), 5000);
+    assert_eq!(layout.longest(layout.bytes(5000) - 1), 4999);
+    assert_eq!((layout.longest(1 << 20), layout.longest(1 << 50)), (0, 131_072));
 }
 
 #[test]
@@ -393,6 +398,27 @@ fn token_tables_in_parts_equal_the_whole() {
 }
 
 /// Random packed matrices, and their values by the decoder of `formats`.
+/// A part that the device has no room for must not be taken for zeros because other parts were computed.
+#[test]
+fn what_could_not_be_computed_is_an_error_behind_other_parts_too() {
+    for device in devices() {
+        // Converting all of a table to f32 at once passes the limit of a buffer; large limits would take large tables.
+        let Some(limit) = device.max_buffer().filter(|&limit| limit <= 1 << 28) else { continue };
+        let rows = (limit / (64 * 4)) as usize + 64;
+        let table = |rows: usize| Tensor::<2>::ones([rows, 64], (device.burn(), DType::F16));
+        let logits = || {
+            let table = TokenTable { parts: vec![table(rows), table(64)], compute: Float::F32 };
+            table.logits(Tensor::ones([1, 64], device.burn())).squeeze_dim::<1>(0)
+        };
+        assert!(matches!(read(logits()), Err(Error::Device(_))));
+        assert!(matches!(read(logits().narrow(0, rows, 64)), Err(Error::Device(_))));
+        for options in [Options::greedy(), Options::default()] {
+            let sampled = Sampler::new(options).unwrap().sample_tensor(logits());
+            assert!(matches!(sampled, Err(SampleError::Device(_))), "{sampled:?}");
+        }
+    }
+}
+
 fn packed(
     seed: u64,
     [experts, rows, columns]: [usize; 3],
@@ -583,6 +609,10 @@ fn experts_packed_and_dequantised_agree_with_the_definition() {
                 compute: Float::F32,
             };
             assert_close(moe.forward(tensor(&x, [tokens, width], &device)), &truth, &device);
+            // More pairs of tokens and experts than a kernel has cubes on an axis.
+            let many = 65_536 / (tokens * active) + 1;
+            let x = tensor(&x.repeat(many), [many * tokens, width], &device);
+            assert_close(moe.forward(x), &truth.repeat(many), &device);
         }
     }
 }

@@ -1,8 +1,10 @@
 //! Sequences in pieces, batches, going back and forking give what one pass over the whole sequence gives.
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use crate::devices::devices;
+use engine::Error;
 use engine::backend::{Device, Float};
 use engine::gpt_oss::model::read;
 use engine::gpt_oss::{LoadOptions, Model, Sequence, Session};
@@ -116,6 +118,7 @@ fn going_back_to_a_snapshot_is_free_and_elsewhere_recomputes() {
         second.extend(tokens(25, 6));
         assert_ne!(first[30], second[30]);
         let mut fork = session.fork();
+        let mut again = session.fork();
         let advance = session.advance_to(&second).unwrap();
         assert_eq!((advance.reused, advance.recomputed, advance.prefilled), (30, 0, 25));
         assert_close(&read(advance.logits).unwrap(), &whole(&model, &second)[54], "after the snapshot");
@@ -131,9 +134,16 @@ fn going_back_to_a_snapshot_is_free_and_elsewhere_recomputes() {
         let rollback = fork.rollback(7).unwrap();
         assert_eq!((rollback.len, rollback.recomputed), (7, 7));
         let advance = fork.advance_to(&first[..7]).unwrap();
-        assert_eq!((advance.reused, advance.recomputed, advance.prefilled), (0, 6, 1));
+        assert_eq!((advance.reused, advance.recomputed, advance.prefilled), (7, 0, 0));
         assert_close(&read(advance.logits).unwrap(), &whole(&model, &first)[6], "the same again");
-        assert!(fork.rollback(8).is_err());
+        assert!(matches!(fork.rollback(8), Err(Error::Rollback { length: 8, tokens: 7 })));
+
+        // Back to where the session itself was marked: its logits are there, too.
+        let truth = whole(&model, &first);
+        let advance = again.advance_to(&first[..30]).unwrap();
+        assert_eq!((advance.reused, advance.recomputed, advance.prefilled), (30, 0, 0));
+        assert_close(&read(advance.logits).unwrap(), &truth[29], "a snapshot's logits");
+        assert_eq!(again.tokens(), &first[..30]);
 
         // What the fork did has not touched the session.
         let logits = session.advance(&[9]).unwrap();
@@ -177,7 +187,49 @@ fn a_session_states_its_limits() {
     session.advance(&tokens(20, 8)).unwrap();
     assert_eq!(session.room(), 0);
     assert!(session.advance(&[1]).is_err());
+    assert!(matches!(model.forward(&mut [], None), Err(Error::Length { length: 0, .. })));
     assert!(session.advance_to(&tokens(20, 8)).is_ok());
+}
+
+#[test]
+fn a_prefill_that_is_ended_goes_on_where_it_was() {
+    for device in devices() {
+        let model = load("two-blocks", &f32_caches(), &device);
+        let tokens = tokens(1100, 3);
+        let truth = read(model.prefill(&mut model.new_cache(), &tokens).unwrap()).unwrap();
+        let mut session = Session::new(&model);
+        let mut seen = Vec::new();
+        let ended = session.advance_to_watched(&tokens, &mut |done| {
+            seen.push(done);
+            if done < 1024 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        });
+        assert!(ended.unwrap().is_none());
+        assert_eq!((seen.as_slice(), session.tokens()), ([0, 512, 1024].as_slice(), &tokens[..1024]));
+        // What was ended has no logits; the last token is computed again, from the only snapshot that there is.
+        let advance = session.fork().advance_to(&tokens[..1024]).unwrap();
+        assert_eq!((advance.reused, advance.recomputed, advance.prefilled), (0, 1023, 1));
+        let advance = session.advance_to(&tokens).unwrap();
+        assert_eq!((advance.reused, advance.recomputed, advance.prefilled), (1024, 0, 76));
+        assert_close(&read(advance.logits).unwrap(), &truth, "in two goes");
+    }
+}
+
+#[test]
+fn old_snapshots_can_be_dropped() {
+    let device = &devices()[0];
+    let model = load("two-blocks", &f32_caches(), device);
+    let tokens = tokens(60, 4);
+    let mut session = Session::new(&model);
+    for piece in tokens.chunks(10) {
+        session.advance(piece).unwrap();
+        session.snapshot();
+    }
+    session.keep_snapshots(2);
+    assert_eq!(session.snapshots().collect::<Vec<_>>(), [0, 50, 60]);
+    assert_eq!(session.fork().rollback(55).unwrap().recomputed, 5);
+    assert_eq!(session.rollback(30).unwrap().recomputed, 30);
+    session.keep_snapshots(0);
+    assert_eq!(session.snapshots().collect::<Vec<_>>(), [0]);
 }
 
 #[test]

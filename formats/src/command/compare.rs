@@ -54,7 +54,7 @@ pub fn verify(
             "valid": valid,
             "violations": violations_json(&violations),
         });
-        writeln!(out, "{document:#}")?;
+        console.document(&mut out, &document)?;
     } else {
         write!(out, "{}: ", file.display())?;
         if valid {
@@ -94,7 +94,7 @@ pub fn diff(console: &Console, a: &Path, b: &Path, options: &CheckpointOptions) 
     let mut out = io::stdout().lock();
     if console.json {
         let document = serde_json::json!({ "a": a, "b": b, "differences": differences });
-        writeln!(out, "{document:#}")?;
+        console.document(&mut out, &document)?;
     } else if differences.is_empty() {
         let what = if both_files { "identical" } else { "the same model" };
         writeln!(out, "{} and {}: {what}", a.display(), b.display())?;
@@ -115,7 +115,7 @@ pub fn digest(console: &Console, path: &Path, options: &CheckpointOptions) -> Re
     console.done();
     let mut out = io::stdout().lock();
     if console.json {
-        writeln!(out, "{:#}", serde_json::to_value(&manifest)?)?;
+        console.document(&mut out, &serde_json::to_value(&manifest)?)?;
         return Ok(Outcome::Fine);
     }
     for tensor in &manifest.tensors {

@@ -50,7 +50,7 @@ pub fn convert(console: &Console, src: &Path, dst: &Path, options: &CheckpointOp
         let document = serde_json::json!({
             "source": src, "target": dst, "container": "gguf", "bytes": bytes, "notes": notes, "seconds": console.seconds(),
         });
-        writeln!(out, "{document:#}")?;
+        console.document(&mut out, &document)?;
     } else {
         print_notes(&mut out, &notes)?;
         writeln!(out, "{}: GGUF of {}, {:.1} s", dst.display(), HumanBytes(bytes), console.seconds())?;
@@ -86,7 +86,7 @@ pub fn unpack(console: &Console, file: &Path, dst: &Path) -> Result<Outcome> {
             "ambiguous": ambiguous,
             "seconds": console.seconds(),
         });
-        writeln!(out, "{document:#}")?;
+        console.document(&mut out, &document)?;
         return Ok(Outcome::of(unpacked.lost_fields.is_empty()));
     }
     writeln!(out, "{}: original-layout checkpoint, {:.1} s", dst.display(), console.seconds())?;
@@ -141,7 +141,7 @@ fn summary(
             "notes": notes,
             "seconds": console.seconds(),
         });
-        writeln!(out, "{document:#}")?;
+        console.document(&mut out, &document)?;
         return Ok(Outcome::Fine);
     }
     print_notes(&mut out, notes)?;

@@ -30,7 +30,7 @@ pub fn inspect(console: &Console, file: &Path, tensors: bool) -> Result<Outcome>
     };
     let mut out = BufWriter::new(io::stdout().lock());
     if console.json {
-        writeln!(out, "{:#}", document(file, &bytes, &map, &value))?;
+        console.document(&mut out, &document(file, &bytes, &map, &value))?;
         out.flush()?;
         return Ok(Outcome::Fine);
     }

@@ -71,9 +71,7 @@ impl Console {
             return ExitCode::SUCCESS;
         }
         let mut out = io::stdout();
-        let mut print = |document: serde_json::Value| {
-            if self.json_lines { writeln!(out, "{document}") } else { writeln!(out, "{document:#}") }
-        };
+        let mut print = |document| self.document(&mut out, &document);
         // Where these go nowhere, there is nobody left to tell; the status says it.
         if let Some(Error::Invalid { path, violations }) = error.downcast_ref::<Error>() {
             let _ = if self.json {
@@ -86,11 +84,20 @@ impl Console {
             };
             return ExitCode::from(1);
         }
+        let text = explained(&error);
         if self.json {
-            let _ = print(serde_json::json!({ "error": format!("{error:#}") }));
+            let _ = print(match self.json_lines {
+                true => serde_json::json!({ "event": "error", "error": text }),
+                false => serde_json::json!({ "error": text }),
+            });
         }
-        eprintln!("{}: {error:#}", self.name);
+        eprintln!("{}: {text}", self.name);
         ExitCode::from(2)
+    }
+
+    /// Writes a JSON document, on one line where there may be more of them.
+    pub fn document(&self, out: &mut dyn Write, document: &serde_json::Value) -> io::Result<()> {
+        if self.json_lines { writeln!(out, "{document}") } else { writeln!(out, "{document:#}") }
     }
 
     /// Removes the bar, so that text can follow.
@@ -132,6 +139,19 @@ impl Progress for Console {
             bar.inc(bytes);
         }
     }
+}
+
+/// An error and its causes on one line. Many errors tell their cause in their own text; it is not told again.
+pub fn explained(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 /// Lets an interrupt or a request to terminate end the process with status 130, unfinished outputs removed.
@@ -184,4 +204,18 @@ pub fn violations_json(violations: &[Violation]) -> serde_json::Value {
 /// The plural's s.
 pub fn plural(count: usize) -> &'static str {
     if count == 1 { "" } else { "s" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_told_once() {
+        let missing = || io::Error::from_raw_os_error(2);
+        let error = anyhow::Error::from(Error::Io { path: "a".into(), source: missing() }).context("--dst");
+        assert_eq!(explained(&error), format!("--dst: a: {}", missing()));
+        let error = anyhow::Error::from(missing()).context("b").context("c");
+        assert_eq!(explained(&error), format!("c: b: {}", missing()));
+    }
 }

@@ -42,7 +42,7 @@ pub fn tokenize(
         let bytes = tokenizer.decode(&ids)?;
         if console.json {
             let document = serde_json::json!({ "ids": ids, "text": String::from_utf8_lossy(&bytes) });
-            writeln!(out, "{document:#}")?;
+            console.document(&mut out, &document)?;
         } else {
             out.write_all(&bytes)?;
         }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use engine::gpt_oss::{Model, Session};
 use engine::harmony::{Chat, Content, DeveloperContent, Encoding, Message, Role, SystemContent};
-use formats::command::{Console, Outcome};
+use formats::command::{Console, Outcome, explained};
 
 use crate::conversation::{self, Effort, Opening};
 use crate::input::{Input, Line};
@@ -100,10 +100,10 @@ impl Screen {
     /// What went wrong, without ending the chat.
     fn complain(&self, error: &anyhow::Error) -> io::Result<()> {
         if self.json {
-            return Lines::write(&serde_json::json!({ "event": "error", "error": format!("{error:#}") }));
+            return Lines::write(&serde_json::json!({ "event": "error", "error": explained(error) }));
         }
         let warning = self.styles.warning;
-        writeln!(io::stdout(), "{warning}{error:#}{warning:#}")
+        writeln!(io::stdout(), "{warning}{}{warning:#}", explained(error))
     }
 }
 
@@ -169,6 +169,8 @@ impl Talk<'_> {
         if answered.is_err() {
             self.chat.truncate(before);
             self.taken_back = Some(text);
+            // Where the device failed, nothing in the caches can be relied on.
+            self.session = Session::new(self.session.model());
         }
         answered
     }
@@ -249,8 +251,11 @@ impl Talk<'_> {
             }
             "tools" => {
                 needed("a JSON file, demo or none")?;
-                self.tools = Tools::named(rest)?;
-                self.set_developer(None)?;
+                let before = std::mem::replace(&mut self.tools, Tools::named(rest)?);
+                if let Err(error) = self.set_developer(None) {
+                    self.tools = before;
+                    return Err(error.context(format!("/tools {rest}")));
+                }
                 let names: Vec<&str> =
                     self.tools.descriptions.iter().map(|tool| tool.name.as_str()).collect();
                 self.screen.say(&match names.as_slice() {

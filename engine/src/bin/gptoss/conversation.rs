@@ -70,7 +70,8 @@ impl Opening {
         chat.set_system(system)?;
         let tools = Tools::named(&self.tools)?;
         if self.developer.is_some() || !tools.descriptions.is_empty() {
-            chat.set_developer(developer(DeveloperContent::new(), self.developer.as_deref(), &tools))?;
+            chat.set_developer(developer(DeveloperContent::new(), self.developer.as_deref(), &tools))
+                .context("--developer and --tools")?;
         }
         Ok((chat, tools))
     }

@@ -21,7 +21,7 @@ use crate::interrupt;
 use crate::options::{DeviceOptions, SamplingOptions, Stops};
 use crate::tools::{self, Tools};
 use crate::turn::{self, Answer};
-use crate::view::{Stats, Styles, Text};
+use crate::view::{Lines, Stats, Styles, Text, View};
 
 /// What the demo model is, wherever it speaks.
 pub const INTRODUCTION: &str = "This is a tiny demo model that this project trained: GPT-OSS's architecture with a few million \
@@ -40,13 +40,26 @@ pub struct Arguments {
 }
 
 /// Things for lists, from the words that the model knows.
-const NOUNS: [&str; 64] = [
-    "anchor", "apple", "basket", "bird", "boat", "book", "bottle", "bridge", "butter", "camera", "candle",
-    "castle", "chair", "clock", "cloud", "coin", "crown", "desert", "diamond", "door", "dragon", "drum",
-    "eagle", "engine", "field", "fish", "flower", "forest", "garden", "glass", "hammer", "honey", "horse",
-    "island", "jacket", "juice", "king", "ladder", "lamp", "lion", "map", "mirror", "moon", "mountain",
-    "ocean", "paper", "piano", "planet", "queen", "river", "robot", "rose", "salt", "ship", "spider",
-    "stone", "street", "tiger", "tower", "train", "violin", "water", "window", "wolf",
+const NOUNS: [&str; 214] = [
+    "anchor", "angle", "ant", "apple", "arrow", "autumn", "basket", "bird", "boat", "book", "bottle", "box",
+    "branch", "bread", "bridge", "butter", "button", "camera", "candle", "candy", "castle", "chair",
+    "cheese", "cherry", "circle", "clock", "cloud", "coat", "coffee", "coin", "corn", "cotton", "cow",
+    "crown", "cup", "desert", "desk", "diamond", "doctor", "dog", "door", "dragon", "dream", "dress", "drum",
+    "duck", "eagle", "ear", "earth", "egg", "engine", "evening", "eye", "farm", "feather", "field", "finger",
+    "fire", "fish", "flag", "flame", "flower", "forest", "fork", "fox", "frog", "fruit", "garden", "gate",
+    "ghost", "gift", "glass", "glove", "goat", "grape", "grass", "guitar", "hammer", "hand", "hat", "heart",
+    "hill", "honey", "horse", "house", "insect", "iron", "island", "jacket", "jar", "jewel", "juice",
+    "jungle", "kettle", "key", "king", "kitchen", "kite", "knife", "ladder", "lake", "lamp", "leaf", "lemon",
+    "letter", "lion", "lock", "magnet", "map", "market", "meadow", "melon", "milk", "mirror", "moon",
+    "mountain", "mouse", "music", "nail", "needle", "nest", "night", "nut", "oak", "ocean", "office", "oil",
+    "olive", "onion", "orange", "oven", "owl", "paper", "park", "peach", "pear", "pencil", "pepper", "piano",
+    "pilot", "pine", "planet", "plate", "pocket", "poem", "potato", "prince", "pumpkin", "puzzle", "queen",
+    "rabbit", "radio", "rain", "ribbon", "rice", "ring", "river", "road", "robot", "rock", "roof", "rope",
+    "rose", "salt", "sand", "school", "sea", "seed", "shadow", "sheep", "ship", "shirt", "shoe", "snow",
+    "soap", "soup", "spider", "spoon", "station", "stone", "storm", "street", "sugar", "sun", "table", "tea",
+    "temple", "tent", "tiger", "tomato", "tower", "town", "train", "tree", "tunnel", "turtle", "umbrella",
+    "valley", "vase", "village", "violin", "wagon", "wall", "watch", "water", "wheat", "wheel", "wind",
+    "window", "winter", "wolf", "wood", "yard", "zebra",
 ];
 const NAMES: [&str; 8] = ["Anna", "Daniel", "Emma", "Henry", "Laura", "Oscar", "Sarah", "Victor"];
 const CITIES: [&str; 8] = ["Berlin", "Boston", "London", "Madrid", "Paris", "Rome", "Tokyo", "Toronto"];
@@ -76,16 +89,52 @@ struct Script {
     questions: Vec<Question>,
 }
 
+/// Where the demo shows itself: text, or an event on each line.
+struct Stage {
+    json: bool,
+    styles: Styles,
+    view: Box<dyn View>,
+}
+
+impl Stage {
+    fn new(json: bool) -> Stage {
+        let view: Box<dyn View> = if json {
+            Box::new(Lines)
+        } else {
+            let mut text = Text::new();
+            text.with_stats = false;
+            Box::new(text)
+        };
+        Stage { json, styles: Styles::of_stdout(), view }
+    }
+
+    /// A line for people.
+    fn say(&self, text: &str) -> io::Result<()> {
+        if self.json { Ok(()) } else { writeln!(io::stdout(), "{text}") }
+    }
+
+    /// An event for programs.
+    fn tell(&self, event: &Value) -> io::Result<()> {
+        if self.json { Lines::write(event) } else { Ok(()) }
+    }
+
+    /// A step as one would type it.
+    fn step(&self, command: &str) -> io::Result<()> {
+        self.tell(&json!({ "event": "step", "command": format!("{NAME} {command}") }))?;
+        self.say(&format!("$ {NAME} {command}"))
+    }
+}
+
 /// `gptoss demo`.
 pub fn demo(console: &Console, arguments: &Arguments) -> Result<Outcome> {
-    let mut out = io::stdout();
-    writeln!(out, "{INTRODUCTION}\n")?;
+    let stage = Stage::new(console.json);
+    stage.say(&format!("{INTRODUCTION}\n"))?;
     let start = env::current_dir()?;
     match &arguments.dst {
         Some(target) => {
             let folder = OutputFolder::create(&path::absolute(target)?).context("--dst")?;
             env::set_current_dir(folder.path())?;
-            let outcome = converse(console, arguments, &mut out);
+            let outcome = converse(console, arguments, stage);
             env::set_current_dir(start)?;
             folder.finish()?;
             outcome
@@ -93,7 +142,7 @@ pub fn demo(console: &Console, arguments: &Arguments) -> Result<Outcome> {
         None => {
             let folder = TemporaryFolder::create_in(&env::temp_dir())?;
             env::set_current_dir(folder.path())?;
-            let outcome = converse(console, arguments, &mut out);
+            let outcome = converse(console, arguments, stage);
             env::set_current_dir(start)?;
             outcome
         }
@@ -101,47 +150,47 @@ pub fn demo(console: &Console, arguments: &Arguments) -> Result<Outcome> {
 }
 
 /// Makes the model in the current folder and talks to it.
-fn converse(console: &Console, arguments: &Arguments, out: &mut dyn Write) -> Result<Outcome> {
-    let stored = prepare(out)?;
-    writeln!(out, "$ {NAME} chat --model model.bin --greedy")?;
+fn converse(console: &Console, arguments: &Arguments, mut stage: Stage) -> Result<Outcome> {
+    let stored = prepare(&stage)?;
+    stage.step("chat --model model.bin --greedy")?;
     let model = arguments.device.load(&stored, console)?;
-    writeln!(out, "loaded, {:.1} s since the start\n", console.seconds())?;
+    stage.say(&format!("loaded, {:.1} s since the start\n", console.seconds()))?;
     let encoding = turn::encoding(&stored)?;
     let mut session = Session::new(&model);
-    let mut text = Text::new();
-    text.with_stats = false;
     let mut tally = Tally::default();
     for script in scripts(arguments.seed) {
-        script.hold(&mut session, &encoding, &mut text, &mut tally)?;
+        script.hold(&mut session, &encoding, &mut stage, &mut tally)?;
     }
-    let Tally { right, wrong, stats: Stats { prompt, reused, generated, decode_seconds, .. } } = tally;
-    let rate = crate::view::rate(generated, decode_seconds);
-    writeln!(
-        out,
-        "{right} of {} answers are right. {generated} tokens at {rate:.0} tokens/s on {} ({}); of the prompts' {} \
-         tokens, {reused} were in the cache. {:.1} s in all.",
+    let Tally { right, wrong, stats } = tally;
+    stage.tell(&json!({
+        "event": "summary", "right": right, "wrong": wrong, "stats": stats, "seconds": console.seconds(),
+        "device": model.device().name(), "backend": model.device().backend(),
+    }))?;
+    stage.say(&format!(
+        "{right} of {} answers are right. {} tokens at {:.0} tokens/s on {} ({}); of the prompts' {} tokens, {} were in \
+         the cache. {:.1} s in all.",
         right + wrong,
+        stats.generated,
+        stats.decode_rate(),
         model.device().name(),
         model.device().backend(),
-        prompt,
+        stats.prompt,
+        stats.reused,
         console.seconds(),
-    )?;
-    if wrong > 0 {
-        writeln!(
-            out,
-            "{wrong} wrong: that is a bug; `{NAME} selftest` tells whether it is the device's. Please report it."
-        )?;
+    ))?;
+    stage.say(&if wrong > 0 {
+        format!("{wrong} wrong: that is a bug; `{NAME} selftest` tells whether it is the device's. Please report it.")
     } else {
-        writeln!(out, "`{NAME} chat` talks to it.")?;
-    }
+        format!("`{NAME} chat` talks to it.")
+    })?;
     Ok(Outcome::of(wrong == 0))
 }
 
 /// Checkpoint, export, verification, each step as one would type it.
-fn prepare(out: &mut dyn Write) -> Result<Stored> {
+fn prepare(stage: &Stage) -> Result<Stored> {
     let [checkpoint, model] = ["checkpoint", "model.bin"].map(Path::new);
     engine::demo::expand(checkpoint)?;
-    writeln!(out, "It is a checkpoint now, all 201088 rows of the embeddings filled in.\n")?;
+    stage.say("It is a checkpoint now, all 201088 rows of the embeddings filled in.\n")?;
     let options = CheckpointOptions::default;
     let export = Verb::Export { src: checkpoint.into(), dst: model.into(), checkpoint: options() };
     let verify = Verb::Verify {
@@ -153,11 +202,13 @@ fn prepare(out: &mut dyn Write) -> Result<Stored> {
     for (command, verb) in
         [("export -s checkpoint -d model.bin", export), ("verify model.bin --against checkpoint", verify)]
     {
-        writeln!(out, "$ {NAME} {command}")?;
+        stage.step(command)?;
         // A clock of its own for each step.
-        let outcome = verb.run(&Console::new(NAME, &Talk { json: false, quiet: true })).context(command)?;
+        let mut console = Console::new(NAME, &Talk { json: stage.json, quiet: true });
+        console.json_lines = true;
+        let outcome = verb.run(&console).context(command)?;
         ensure!(outcome == Outcome::Fine, "{command} found a difference: that is a bug; please report it");
-        writeln!(out)?;
+        stage.say("")?;
     }
     // Every byte was verified just now.
     Ok(Stored::open(model, &StoredOptions::default(), &())?)
@@ -177,12 +228,11 @@ impl Script {
         self,
         session: &mut Session<'_>,
         encoding: &Encoding,
-        text: &mut Text,
+        stage: &mut Stage,
         tally: &mut Tally,
     ) -> Result<()> {
-        let styles = Styles::of_stdout();
-        let mut out = io::stdout();
-        writeln!(out, "── {}", self.title)?;
+        stage.say(&format!("── {}", self.title))?;
+        stage.tell(&json!({ "event": "chat", "about": self.title }))?;
         let mut chat = Chat::new(encoding);
         chat.set_system(SystemContent::new().with_reasoning_effort(self.effort.into()))?;
         if !self.tools.descriptions.is_empty() {
@@ -191,7 +241,8 @@ impl Script {
         let sampling = SamplingOptions::greedy();
         let mut turns = 0;
         for question in self.questions {
-            writeln!(out, "› {}", shortened(&question.text))?;
+            stage.say(&format!("› {}", shortened(&question.text)))?;
+            stage.tell(&json!({ "event": "question", "text": question.text }))?;
             chat.add_user(question.text.as_str());
             let mut talk = turn::Talk {
                 session: &mut *session,
@@ -201,7 +252,7 @@ impl Script {
                 stops: &Stops::default(),
                 turns: &mut turns,
             };
-            let answer = talk.answer(text, &mut |call, view| {
+            let answer = talk.answer(stage.view.as_mut(), &mut |call, view| {
                 let output = tools::run(call);
                 view.result(call, &output)?;
                 Ok(Some(output))
@@ -213,16 +264,19 @@ impl Script {
             let cached: Vec<String> =
                 answer.stats.iter().map(|it| format!("{} of {}", it.reused, it.prompt)).collect();
             let cache = format!("{} tokens of the prompt were cached", cached.join(", then "));
-            match question.fault(&answer) {
+            let fault = question.fault(&answer);
+            stage.tell(&json!({
+                "event": "verdict", "right": fault.is_none(), "expected": question.expected, "fault": fault,
+            }))?;
+            let Styles { good, warning, .. } = stage.styles;
+            match fault {
                 None => {
                     tally.right += 1;
-                    let good = styles.good;
-                    writeln!(out, "{good}  ✓ {}{good:#}; {cache}\n", question.expected)?;
+                    stage.say(&format!("{good}  ✓ {}{good:#}; {cache}\n", question.expected))?;
                 }
                 Some(fault) => {
                     tally.wrong += 1;
-                    let warning = styles.warning;
-                    writeln!(out, "{warning}  ✗ {fault}{warning:#}; {cache}\n")?;
+                    stage.say(&format!("{warning}  ✗ {fault}{warning:#}; {cache}\n"))?;
                 }
             }
         }
@@ -281,6 +335,7 @@ fn scripts(seed: u64) -> Vec<Script> {
             Effort::Medium,
             conversation,
         ),
+        plain("a list of more than 600 tokens", Effort::Medium, vec![draw.looked_up()]),
         with_tools("a tool, which runs here", draw.weather()),
         with_tools("a tool with two arguments", draw.distance()),
         with_tools("two calls in a row", draw.prices()),
@@ -329,6 +384,22 @@ impl Draw {
         let text = format!("Sort this list: {}.", words.join(", "));
         words.sort_unstable();
         Question::new(text, words.join(", "))
+    }
+
+    /// Two words of a long list, and one that is not in it.
+    fn looked_up(&mut self) -> Question {
+        let words = self.several(&NOUNS, NOUNS.len());
+        let entries: Vec<String> =
+            words[1..].iter().map(|word| format!("{word} {}", self.one(&NAMES))).collect();
+        let [first, second] = [20, entries.len() - 20].map(|index| (words[index + 1], &entries[index]));
+        let text = format!(
+            "Here is a list: {}. Look up {}, {} and {}.",
+            entries.join(", "),
+            first.0,
+            words[0],
+            second.0
+        );
+        Question::new(text, format!("{}, {} none, {}", first.1, words[0], second.1))
     }
 
     fn weekday(&mut self) -> Question {

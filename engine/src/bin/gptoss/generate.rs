@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
-use clap::ValueHint;
+use anyhow::{Result, bail, ensure};
+use clap::{ArgGroup, ValueHint};
 use engine::gpt_oss::Session;
 use engine::harmony::Chat;
 use formats::command::{Console, Outcome};
@@ -20,18 +20,13 @@ use crate::view::{Lines, Stats, Text, View};
 const PLAIN_TOKENS: usize = 256;
 
 #[derive(clap::Args)]
+#[command(group(ArgGroup::new("input").args(["prompt", "conversation"]).required(true)))]
 pub struct Arguments {
     /// What the user says, or with --plain the text to go on from; `-` reads standard input.
-    #[arg(
-        long,
-        short,
-        value_name = "TEXT",
-        required_unless_present = "conversation",
-        allow_hyphen_values = true
-    )]
+    #[arg(long, short, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: Option<String>,
     /// A Harmony conversation as JSON that the model goes on from; `-` reads standard input.
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with_all = ["prompt", "plain", "Opening"])]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with_all = ["plain", "Opening"])]
     conversation: Option<PathBuf>,
     /// The prompt is text and no message: no Harmony, any vocabulary.
     #[arg(long, conflicts_with = "Opening")]
@@ -106,14 +101,21 @@ pub fn generate(console: &Console, arguments: &Arguments) -> Result<Outcome> {
         stops: &stops,
         turns: &mut 0,
     };
+    let mut not_run = None;
     let answer = talk.answer(&mut *view, &mut |call, view| {
         // The call of another tool is the answer: whoever reads it can run the tool.
         let output = tools.built_in.then(|| tools::run(call));
-        if let Some(output) = &output {
-            view.result(call, output)?;
+        match &output {
+            Some(output) => view.result(call, output)?,
+            None => not_run = Some(call.recipient.clone()),
         }
         Ok(output)
     })?;
+    if let Some(recipient) = not_run.filter(|_| arguments.final_only) {
+        bail!(
+            "there is no final answer: {recipient} was called, which does not run here; --json shows the call"
+        );
+    }
     answer.stats.last().map_or(Ok(Outcome::Fine), finish)
 }
 

@@ -2,7 +2,7 @@
 
 use std::io::{self, BufRead, IsTerminal};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use rustyline::error::ReadlineError;
 use rustyline::history::MemHistory;
 use rustyline::{Config, Editor};
@@ -22,15 +22,15 @@ pub enum Line {
 pub enum Input {
     /// Someone types: line editing, and a history of this session.
     Terminal(Box<Editor<(), MemHistory>>),
-    /// A pipe or a file.
-    Stream(Box<dyn BufRead>),
+    /// A pipe or a file, and how many lines of it were read.
+    Stream(Box<dyn BufRead>, usize),
 }
 
 impl Input {
     /// Standard input.
     pub fn new() -> Result<Input> {
         if !(io::stdin().is_terminal() && io::stdout().is_terminal()) {
-            return Ok(Input::Stream(Box::new(io::stdin().lock())));
+            return Ok(Input::Stream(Box::new(io::stdin().lock()), 0));
         }
         let config = Config::builder().auto_add_history(true).build();
         Ok(Input::Terminal(Box::new(Editor::with_history(config, MemHistory::new())?)))
@@ -68,11 +68,14 @@ impl Input {
                 Err(ReadlineError::Eof) => Ok(Line::End),
                 Err(error) => Err(error.into()),
             },
-            Input::Stream(stream) => {
-                let mut line = String::new();
-                if stream.read_line(&mut line)? == 0 {
+            Input::Stream(stream, lines) => {
+                let mut bytes = Vec::new();
+                if stream.read_until(b'\n', &mut bytes)? == 0 {
                     return Ok(Line::End);
                 }
+                *lines += 1;
+                let line = String::from_utf8(bytes)
+                    .with_context(|| format!("line {lines} of standard input: needed UTF-8"))?;
                 let line = line.strip_suffix('\n').unwrap_or(&line);
                 Ok(Line::Text(line.strip_suffix('\r').unwrap_or(line).to_owned()))
             }
@@ -87,11 +90,20 @@ mod tests {
     #[test]
     fn a_backslash_joins_lines() {
         let text: &[u8] = b"one\\\ntwo\r\n\nthree\\";
-        let mut input = Input::Stream(Box::new(text));
+        let mut input = Input::Stream(Box::new(text), 0);
         let mut line = || input.line("> ").unwrap();
         assert_eq!(line(), Line::Text("one\ntwo".into()));
         assert_eq!(line(), Line::Text(String::new()));
         assert_eq!(line(), Line::Text("three\n".into()));
         assert_eq!(line(), Line::End);
+    }
+
+    #[test]
+    fn a_line_that_is_no_text_is_named() {
+        let text: &[u8] = b"one\n\xff\nthree";
+        let mut input = Input::Stream(Box::new(text), 0);
+        assert_eq!(input.line("> ").unwrap(), Line::Text("one".into()));
+        assert_eq!(input.line("> ").unwrap_err().to_string(), "line 2 of standard input: needed UTF-8");
+        assert_eq!(input.line("> ").unwrap(), Line::Text("three".into()));
     }
 }

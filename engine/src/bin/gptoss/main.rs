@@ -41,6 +41,9 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Verbs {
     /// Export, verify and load the built-in demo model, and hold a conversation with it that checks itself.
+    ///
+    /// Exits with 1 where an answer is wrong. With --json, standard output holds an event on each line; the documents of
+    /// the export and the verification follow their steps.
     Demo(demo::Arguments),
     /// Chat in the terminal; lines from a pipe do, too.
     ///
@@ -76,7 +79,7 @@ fn main() -> ExitCode {
     let Arguments { verb, talk } = Arguments::parse();
     interrupt::install(NAME);
     let mut console = Console::new(NAME, &talk);
-    console.json_lines = matches!(verb, Verbs::Chat(_) | Verbs::Generate(_));
+    console.json_lines = matches!(verb, Verbs::Chat(_) | Verbs::Generate(_) | Verbs::Demo(_));
     // Drivers and kernels may panic; the message is on standard error already, and the status shall say what it means.
     let result = catch_unwind(AssertUnwindSafe(|| run(&console, &verb)));
     let result =
@@ -99,9 +102,9 @@ fn run(console: &Console, verb: &Verbs) -> Result<Outcome> {
     }
 }
 
-/// An error of the format that comes through the engine, as the console lists it.
+/// Violations that come through the engine, as the console lists them.
 fn expose(error: anyhow::Error) -> anyhow::Error {
-    if !matches!(error.downcast_ref(), Some(engine::Error::Format(_))) {
+    if !matches!(error.downcast_ref(), Some(engine::Error::Format(formats::Error::Invalid { .. }))) {
         return error;
     }
     match error.downcast() {

@@ -30,7 +30,10 @@ impl ModelOptions {
         match &self.model {
             Some(path) => self.stored.open(path, console),
             None => {
-                let stored = engine::demo::open_cached(console)?;
+                let stored = engine::demo::open_cached(console).context(
+                    "the demo model's cache (XDG_CACHE_HOME moves it; `gptoss demo --dst DIR` and --model \
+                     DIR/model.bin do without)",
+                )?;
                 console.done();
                 Ok(stored)
             }
@@ -189,7 +192,7 @@ pub struct SamplingOptions {
     #[arg(long, value_name = "ID=VALUE", value_parser = bias, allow_hyphen_values = true)]
     logit_bias: Vec<(u32, f32)>,
     /// Chooses the random numbers; the same seed gives the same text on one backend.
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, allow_hyphen_values = true)]
     seed: u64,
     /// Report this many of the most probable tokens with each token (needs --json).
     #[arg(long, value_name = "N", default_value_t = 0, requires = "json")]
@@ -240,7 +243,8 @@ impl SamplingOptions {
             frequency_penalty: self.frequency_penalty,
             presence_penalty: self.presence_penalty,
             logit_bias: BTreeMap::from_iter(self.logit_bias.iter().copied()),
-            seed: self.seed.wrapping_add(turn),
+            // Far apart, so that the next seed does not begin with the next turn's numbers.
+            seed: self.seed.wrapping_add(turn.wrapping_mul(0x9E37_79B9_7F4A_7C15)),
             top_logprobs: self.logprobs,
         };
         options.validate().context("the sampling flags (--help lists them)")?;

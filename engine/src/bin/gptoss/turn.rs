@@ -24,6 +24,12 @@ pub fn encoding(stored: &Stored) -> Result<Encoding> {
     })
 }
 
+/// New tokens of a prompt from which on its progress is shown.
+const LONG_PROMPT: usize = 2048;
+
+/// Turns that can be taken back without computing the conversation anew.
+const MOST_SNAPSHOTS: usize = 32;
+
 /// Calls in a row that an answer may take.
 const MOST_CALLS: usize = 32;
 
@@ -117,18 +123,24 @@ fn run(
     view: &mut dyn View,
 ) -> Result<(Turn, Stats)> {
     let mut stop = StopTexts::new(stop_texts);
+    // Bytes of the present message before the text that ends it all.
+    let mut shown = 0;
+    let mut is_over = false;
     let stats = watch(session, prompt, request, tokenizer, view, |step, view| {
-        let mut is_over = false;
         for event in parser.push(step.token) {
             match event {
                 _ if is_over => {}
                 Event::Delta { text } => {
                     let (text, found) = stop.push(&text);
                     is_over = found;
+                    shown += text.len();
                     delta(text, view)?;
                 }
                 event => {
                     delta(stop.take(), view)?;
+                    if matches!(event, Event::Start(_)) {
+                        shown = 0;
+                    }
                     view.event(&event)?;
                 }
             }
@@ -137,10 +149,17 @@ fn run(
     })?;
     delta(stop.take(), view)?;
     for event in parser.finish() {
-        view.event(&event)?;
+        match event {
+            Event::Delta { .. } if is_over => {}
+            event => view.event(&event)?,
+        }
     }
     view.generated(&stats)?;
-    Ok((parser.into_turn(), stats))
+    let mut turn = parser.into_turn();
+    if is_over {
+        turn.shorten_last(shown);
+    }
+    Ok((turn, stats))
 }
 
 /// Goes on from a prompt that is no conversation.
@@ -180,21 +199,34 @@ fn watch(
 ) -> Result<Stats> {
     let cancellable = Cancellable::begin();
     let start = Instant::now();
-    let advance = session.advance_to(prompt)?;
+    let mut stats =
+        Stats { generations: 1, prompt: prompt.len(), stop: Some(Stop::Cancelled), ..Stats::default() };
+    let mut is_long = false;
+    let mut shown = Ok(());
+    let advance = session.advance_to_watched(prompt, &mut |done| {
+        is_long |= prompt.len() - done > LONG_PROMPT;
+        if is_long {
+            shown = view.prefill(done, prompt.len());
+        }
+        match shown.is_err() || cancellable.is_cancelled() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    });
+    shown?;
+    let advance = advance.map_err(|error| match error {
+        error @ engine::Error::Length { .. } => anyhow::Error::from(error)
+            .context("the conversation is too long; --context allows more, /undo and /reset shorten a chat"),
+        error => error.into(),
+    })?;
+    stats.prefill_seconds = start.elapsed().as_secs_f64();
+    let Some(advance) = advance else { return Ok(stats) };
     // The next prompt is likely to begin like this one.
     session.snapshot();
-    let mut stats = Stats {
-        generations: 1,
-        decoded: 0,
-        prompt: prompt.len(),
-        reused: advance.reused,
-        recomputed: advance.recomputed,
-        prefilled: advance.prefilled,
-        generated: 0,
-        stop: Some(Stop::Cancelled),
-        prefill_seconds: start.elapsed().as_secs_f64(),
-        decode_seconds: 0.0,
-    };
+    session.keep_snapshots(MOST_SNAPSHOTS);
+    stats.reused = advance.reused;
+    stats.recomputed = advance.recomputed;
+    stats.prefilled = advance.prefilled;
     if cancellable.is_cancelled() {
         return Ok(stats);
     }

@@ -1,11 +1,13 @@
 //! How turns are shown: text for people, JSON lines for programs.
 
-use std::io::{self, Write};
+use std::borrow::Cow;
+use std::io::{self, IsTerminal, Write};
 
 use anstream::AutoStream;
 use anstyle::{AnsiColor, Style};
 use engine::gpt_oss::{Step, Stop};
 use engine::harmony::{Event, Header, Notice, Problem, ToolCall};
+use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 /// Numbers of a generation, or of several together.
@@ -104,6 +106,8 @@ pub fn rate(count: usize, seconds: f64) -> f64 {
 
 /// Someone who watches a turn.
 pub trait View {
+    /// So many tokens of a long prompt are in the cache.
+    fn prefill(&mut self, done: usize, total: usize) -> io::Result<()>;
     /// A token was chosen; `text` is what is new of the text, special tokens by their names.
     fn token(&mut self, step: &Step, text: &str) -> io::Result<()>;
     /// Text that belongs to no conversation.
@@ -164,6 +168,9 @@ pub struct Text {
     pub with_stats: bool,
     open: Option<Opened>,
     at_line_start: bool,
+    /// Whether a terminal would obey control characters.
+    is_terminal: bool,
+    prefill: Option<ProgressBar>,
 }
 
 /// The message that is being shown.
@@ -184,7 +191,32 @@ impl Text {
             with_stats: true,
             open: None,
             at_line_start: true,
+            is_terminal: io::stdout().is_terminal(),
+            prefill: None,
         }
+    }
+
+    /// Removes the bar.
+    fn prefilled(&mut self) {
+        if let Some(bar) = self.prefill.take() {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// A text without what a terminal would obey: a model shall not move the cursor or change its title.
+    fn harmless<'t>(&self, text: &'t str) -> Cow<'t, str> {
+        let is_order = |c: char| c.is_control() && c != '\n' && c != '\t';
+        if !self.is_terminal || !text.contains(is_order) {
+            return text.into();
+        }
+        let shown = |c: char| match u32::from(c) {
+            _ if !is_order(c) => c,
+            // Unicode has pictures of them.
+            code @ 0..0x20 => char::from_u32(0x2400 + code).unwrap_or(char::REPLACEMENT_CHARACTER),
+            0x7f => '\u{2421}',
+            _ => char::REPLACEMENT_CHARACTER,
+        };
+        text.chars().map(shown).collect()
     }
 
     fn open(&mut self, header: &Header) -> io::Result<()> {
@@ -203,6 +235,7 @@ impl Text {
         if shown {
             self.fresh_line()?;
             if !self.final_only {
+                let title = self.harmless(&title);
                 write!(io::stdout(), "{style}{title}{style:#}")?;
                 self.at_line_start = title.is_empty();
             }
@@ -214,6 +247,7 @@ impl Text {
     fn delta(&mut self, text: &str) -> io::Result<()> {
         let Some(Opened { style, margin, shown: true }) = &self.open else { return Ok(()) };
         let mut out = io::stdout().lock();
+        let text = self.harmless(text);
         for (index, line) in text.split('\n').enumerate() {
             if index > 0 {
                 write!(out, "\n{style}{margin}{style:#}")?;
@@ -234,7 +268,30 @@ impl Text {
 }
 
 impl View for Text {
+    fn prefill(&mut self, done: usize, total: usize) -> io::Result<()> {
+        if !self.with_stats {
+            return Ok(());
+        }
+        let bar = match self.prefill.take() {
+            Some(bar) => bar,
+            None if !io::stderr().is_terminal() => {
+                writeln!(io::stderr(), "prompt: {} new tokens", total - done)?;
+                ProgressBar::hidden()
+            }
+            None => {
+                let style = "{msg:24} {bar:32} {pos:>7} of {len} tokens  {per_sec}, {eta} left";
+                let style = ProgressStyle::with_template(style);
+                let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+                ProgressBar::new(total as u64).with_message("prompt").with_style(style)
+            }
+        };
+        bar.set_position(done as u64);
+        self.prefill = Some(bar);
+        Ok(())
+    }
+
     fn token(&mut self, _: &Step, text: &str) -> io::Result<()> {
+        self.prefilled();
         if self.raw { self.plain(text) } else { Ok(()) }
     }
 
@@ -244,7 +301,7 @@ impl View for Text {
         }
         self.at_line_start = text.ends_with('\n');
         let mut out = io::stdout().lock();
-        out.write_all(text.as_bytes())?;
+        out.write_all(self.harmless(text).as_bytes())?;
         out.flush()
     }
 
@@ -265,7 +322,8 @@ impl View for Text {
             Event::Notice(notice) => {
                 self.fresh_line()?;
                 let style = self.styles.warning;
-                writeln!(io::stdout(), "{style}[malformed] {notice}{style:#}")
+                let notice = notice.to_string();
+                writeln!(io::stdout(), "{style}[malformed] {}{style:#}", self.harmless(&notice))
             }
         }
     }
@@ -277,14 +335,16 @@ impl View for Text {
         self.fresh_line()?;
         let style = self.styles.call;
         if self.styles.on {
-            let output = output.trim_end().replace('\n', "\n  ");
+            let output = self.harmless(output.trim_end()).replace('\n', "\n  ");
             writeln!(io::stdout(), "{style}╰{style:#} {output}")
         } else {
-            writeln!(io::stdout(), "[result {}] {output}", call.recipient)
+            let (name, output) = (self.harmless(&call.recipient), self.harmless(output));
+            writeln!(io::stdout(), "[result {name}] {output}")
         }
     }
 
     fn generated(&mut self, _: &Stats) -> io::Result<()> {
+        self.prefilled();
         self.fresh_line()
     }
 
@@ -314,6 +374,10 @@ impl Lines {
 }
 
 impl View for Lines {
+    fn prefill(&mut self, done: usize, total: usize) -> io::Result<()> {
+        Lines::write(&serde_json::json!({ "event": "prefill", "done": done, "total": total }))
+    }
+
     fn token(&mut self, step: &Step, text: &str) -> io::Result<()> {
         let mut event = serde_json::json!({
             "event": "token", "token": step.token, "text": text, "logprob": step.sampled.logprob,
