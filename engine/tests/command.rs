@@ -733,6 +733,27 @@ fn an_interrupted_generation_keeps_what_was_said() {
     assert_eq!(events.last().unwrap()["stop"], "cancelled");
 }
 
+#[cfg(unix)]
+#[test]
+fn a_prompt_that_takes_too_long_can_be_interrupted() {
+    let arguments = ["generate", "-m", &answering(), "--plain", "-p", "-", "--json", "-q"];
+    let mut child = command(&arguments).stdin(Stdio::piped()).spawn().unwrap();
+    let prompt = " word".repeat(100_000);
+    child.stdin.take().unwrap().write_all(prompt.as_bytes()).unwrap();
+    let mut out = child.stdout.take().unwrap();
+    let mut first = [0; 1];
+    out.read_exact(&mut first).unwrap();
+    interrupt(&child);
+    let mut rest = String::new();
+    out.read_to_string(&mut rest).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    let events = json_lines(&format!("{}{rest}", first[0] as char));
+    assert!(events[..events.len() - 1].iter().all(|event| event["event"] == "prefill"), "{events:?}");
+    assert!(events.len() < 150, "{} of 196 steps", events.len() - 1);
+    let done = events.last().unwrap();
+    assert_eq!((&done["stop"], &done["generated"]), (&json!("cancelled"), &json!(0)));
+}
+
 #[test]
 fn a_reader_that_stops_is_no_error() {
     let mut child = command(&["generate", "-m", &endless(), "-p", "Hi", "--json", "-q"]).spawn().unwrap();
