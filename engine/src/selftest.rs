@@ -103,9 +103,9 @@ pub fn run(device: &Device) -> Result<Report> {
     let genuine = values(&trace, "bf16.errors")?;
     let half = [Float::Bf16, Float::F16].into_iter().filter(|&float| device.supports(float));
     let half = half.map(|float| {
-        let types = [Some(float); 3];
-        let [activations, weights, cache] = types;
-        (float.to_string(), LoadOptions { activations, weights, cache, ..LoadOptions::default() })
+        let all = Some(float);
+        let options = LoadOptions { activations: all, weights: all, cache: all, ..LoadOptions::default() };
+        (float.to_string(), options)
     });
     for (name, options) in half.chain([("the default types".into(), LoadOptions::default())]) {
         let model = Model::load(&stored, &options, device, &())?;
@@ -150,8 +150,8 @@ fn drawing(device: &Device, logits: &[f64]) -> Result<Check> {
         Options { min_p: 0.05, repetition_penalty: 1.2, ..Options::default() },
     ];
     let mut wrong = 0;
-    for options in ways.clone() {
-        let (mut here, mut there) = (Sampler::new(options.clone())?, Sampler::new(options)?);
+    for options in &ways {
+        let [mut here, mut there] = [Sampler::new(options.clone())?, Sampler::new(options.clone())?];
         for _ in 0..DRAWS {
             let token = here.sample(&logits)?.token;
             let u = there.next_uniform();

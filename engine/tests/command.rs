@@ -691,6 +691,20 @@ fn interrupt(child: &Child) {
     assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
 }
 
+/// Interrupts a generation as soon as there is an event; all that it writes.
+#[cfg(unix)]
+#[track_caller]
+fn interrupted_at_its_first_event(mut child: Child) -> Vec<Value> {
+    let mut out = child.stdout.take().unwrap();
+    let mut first = [0; 1];
+    out.read_exact(&mut first).unwrap();
+    interrupt(&child);
+    let mut rest = String::new();
+    out.read_to_string(&mut rest).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    json_lines(&format!("{}{rest}", first[0] as char))
+}
+
 #[cfg(unix)]
 #[test]
 fn an_interrupted_computation_leaves_nothing() {
@@ -720,16 +734,8 @@ fn an_interrupted_demo_leaves_nothing() {
 #[cfg(unix)]
 #[test]
 fn an_interrupted_generation_keeps_what_was_said() {
-    let mut child = command(&["generate", "-m", &endless(), "-p", "Hi", "--json", "-q"]).spawn().unwrap();
-    // When the first event is there, it generates.
-    let mut out = child.stdout.take().unwrap();
-    let mut first = [0; 1];
-    out.read_exact(&mut first).unwrap();
-    interrupt(&child);
-    let mut rest = String::new();
-    out.read_to_string(&mut rest).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(130));
-    let events = json_lines(&format!("{}{rest}", first[0] as char));
+    let child = command(&["generate", "-m", &endless(), "-p", "Hi", "--json", "-q"]).spawn().unwrap();
+    let events = interrupted_at_its_first_event(child);
     assert_eq!(events.last().unwrap()["stop"], "cancelled");
 }
 
@@ -740,14 +746,7 @@ fn a_prompt_that_takes_too_long_can_be_interrupted() {
     let mut child = command(&arguments).stdin(Stdio::piped()).spawn().unwrap();
     let prompt = " word".repeat(100_000);
     child.stdin.take().unwrap().write_all(prompt.as_bytes()).unwrap();
-    let mut out = child.stdout.take().unwrap();
-    let mut first = [0; 1];
-    out.read_exact(&mut first).unwrap();
-    interrupt(&child);
-    let mut rest = String::new();
-    out.read_to_string(&mut rest).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(130));
-    let events = json_lines(&format!("{}{rest}", first[0] as char));
+    let events = interrupted_at_its_first_event(child);
     assert!(events[..events.len() - 1].iter().all(|event| event["event"] == "prefill"), "{events:?}");
     assert!(events.len() < 150, "{} of 196 steps", events.len() - 1);
     let done = events.last().unwrap();

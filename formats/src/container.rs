@@ -9,6 +9,7 @@ use crate::canonical::Source;
 use crate::checkpoint::{Folder, Options};
 use crate::gguf;
 use crate::model_bin::{Depth, Verified};
+use crate::output::parent;
 use crate::progress::Progress;
 use crate::violation::{Error, Result};
 use crate::vocabulary::{FILE_NAME, Vocabulary};
@@ -37,11 +38,10 @@ impl Container {
         File::open(path).and_then(|file| file.take(4).read_to_end(&mut magic)).map_err(Error::io(path))?;
         let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
         if matches!(extension, "safetensors" | "json") {
-            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
             return Err(Error::Unsupported(format!(
                 "{} is a part of a checkpoint; name its folder, {}",
                 path.display(),
-                folder.unwrap_or(Path::new(".")).display()
+                parent(path).display()
             )));
         }
         Ok(if magic == *b"GGUF" { Container::Gguf } else { Container::ModelBin })

@@ -199,7 +199,8 @@ fn builder(mode: u32) -> Builder<'static, 'static> {
     builder
 }
 
-fn parent(target: &Path) -> &Path {
+/// The folder that a file is in.
+pub(crate) fn parent(target: &Path) -> &Path {
     match target.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

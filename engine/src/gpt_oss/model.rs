@@ -3,7 +3,7 @@
 //! Sequences of a batch are laid end to end: everything but attention works on rows of tokens and does not care whose
 //! they are, so sequences of different lengths need no padding.
 
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use burn::tensor::{Int, Tensor};
@@ -21,7 +21,7 @@ use crate::nn::rope::{Frequencies, Pairing, RotationTable};
 use crate::nn::rows::concatenated;
 
 /// Tokens that a prefill processes at a time.
-pub(super) const PREFILL: usize = 512;
+const PREFILL: usize = 512;
 
 /// GPT-OSS on a device.
 pub struct Model {
@@ -228,21 +228,30 @@ impl Model {
     /// # Errors
     /// As [`Model::forward`]; nothing has changed then.
     pub fn prefill(&self, cache: &mut KvCache, tokens: &[u32]) -> Result<Tensor<1>> {
+        let logits = self.prefill_while(cache, tokens, &mut |_| Ok(ControlFlow::Continue(())))?;
+        // `next` has refused an empty sequence.
+        logits.ok_or(Error::Length { length: 0, context: self.context() })
+    }
+
+    /// [`Model::prefill`] that asks before each chunk, with the tokens in the cache, whether to go on; where not, there
+    /// are no logits.
+    pub(super) fn prefill_while(
+        &self,
+        cache: &mut KvCache,
+        tokens: &[u32],
+        goes_on: &mut dyn FnMut(usize) -> Result<ControlFlow<()>>,
+    ) -> Result<Option<Tensor<1>>> {
         self.check_tokens(tokens)?;
         cache.next(tokens.len())?;
         let mut last = None;
         for chunk in tokens.chunks(PREFILL) {
-            last = Some(self.extend(cache, chunk)?);
+            if goes_on(cache.len())?.is_break() {
+                return Ok(None);
+            }
+            let x = self.forward(&mut [Sequence { cache: &mut *cache, tokens: chunk }], None)?;
+            last = Some(x.narrow(0, chunk.len() - 1, 1));
         }
-        // `next` has refused an empty sequence.
-        let last = last.ok_or(Error::Length { length: 0, context: self.context() })?;
-        Ok(self.unembed(last).squeeze_dim(0))
-    }
-
-    /// Adds tokens to a sequence: f32 `[1, embedding_dim]`, the last one's row after the final norm.
-    pub(super) fn extend(&self, cache: &mut KvCache, tokens: &[u32]) -> Result<Tensor<2>> {
-        let x = self.forward(&mut [Sequence { cache, tokens }], None)?;
-        Ok(x.narrow(0, tokens.len() - 1, 1))
+        Ok(last.map(|row| self.unembed(row).squeeze_dim(0)))
     }
 
     /// Logits after each token of a sequence of its own, chunk by chunk: `each` gets the positions and their logits,

@@ -14,7 +14,7 @@ use std::ops::ControlFlow;
 
 use burn::tensor::Tensor;
 
-use super::model::{Model, PREFILL};
+use super::model::Model;
 use crate::error::{Error, Result};
 use crate::nn::cache::{KvCache, Snapshot};
 
@@ -138,11 +138,9 @@ impl<'m> Session<'m> {
     /// # Errors
     /// [`Error::Token`] and [`Error::Length`]; nothing has changed then.
     pub fn advance_to(&mut self, tokens: &[u32]) -> Result<Advance> {
-        match self.advance_to_watched(tokens, &mut |_| ControlFlow::Continue(()))? {
-            Some(advance) => Ok(advance),
-            // It was never told to stop.
-            None => Err(Error::Length { length: tokens.len(), context: self.model.context() }),
-        }
+        let advance = self.advance_to_while(tokens, &mut |_| Ok(ControlFlow::Continue(())))?;
+        // It was never told to stop.
+        advance.ok_or(Error::Length { length: tokens.len(), context: self.model.context() })
     }
 
     /// [`Session::advance_to`] that can be watched and ended: `watch` gets the number of tokens that there are before
@@ -154,6 +152,19 @@ impl<'m> Session<'m> {
         &mut self,
         tokens: &[u32],
         watch: &mut dyn FnMut(usize) -> ControlFlow<()>,
+    ) -> Result<Option<Advance>> {
+        let device = self.model.device();
+        self.advance_to_while(tokens, &mut |len| {
+            // Devices work behind the host's back: what was asked for before shall be done when this is watched.
+            device.sync()?;
+            Ok(watch(len))
+        })
+    }
+
+    fn advance_to_while(
+        &mut self,
+        tokens: &[u32],
+        goes_on: &mut dyn FnMut(usize) -> Result<ControlFlow<()>>,
     ) -> Result<Option<Advance>> {
         let context = self.model.context();
         if tokens.is_empty() || tokens.len() > context {
@@ -174,22 +185,14 @@ impl<'m> Session<'m> {
         let reused = self.tokens.len();
         let known = common.min(tokens.len() - 1);
         self.logits = None;
-        let mut last = None;
-        for chunk in tokens[reused..].chunks(PREFILL) {
-            if last.is_some() {
-                // Devices work behind the host's back: what was asked for before shall be done when this is watched.
-                self.model.device().sync()?;
-            }
-            if watch(self.tokens.len()).is_break() {
-                return Ok(None);
-            }
-            last = Some(self.model.extend(&mut self.cache, chunk)?);
-            self.tokens.extend_from_slice(chunk);
-        }
-        Ok(last.map(|row| {
-            let logits = self.model.unembed(row).squeeze_dim::<1>(0);
-            self.logits = Some(logits.clone());
-            Advance { reused, recomputed: known - reused, prefilled: tokens.len() - known, logits }
+        let logits = self.model.prefill_while(&mut self.cache, &tokens[reused..], goes_on);
+        self.tokens.extend_from_slice(&tokens[reused..self.cache.len()]);
+        self.logits = logits?;
+        Ok(self.logits.clone().map(|logits| Advance {
+            reused,
+            recomputed: known - reused,
+            prefilled: tokens.len() - known,
+            logits,
         }))
     }
 

@@ -104,25 +104,22 @@ pub(super) fn check(index: usize, message: &Message) -> Result<()> {
 
 /// The first tool that could not be described or called: what it is, and what would do.
 fn unfit_tool(content: &DeveloperContent) -> Option<(String, &'static str)> {
-    let namespaces = content.tools.iter().flatten();
-    namespaces.map(|(_, namespace)| &namespace.tools).find_map(|tools| {
-        tools.iter().enumerate().find_map(|(index, tool)| {
-            let ToolDescription { name, parameters, .. } = tool;
-            let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    for (_, namespace) in content.tools.iter().flatten() {
+        for (index, ToolDescription { name, parameters, .. }) in namespace.tools.iter().enumerate() {
             if name.is_empty() || !name.chars().all(is_name) {
-                Some((format!("a function named {name:?}"), "a name of letters, digits, _ and -"))
-            } else if tools[..index].iter().any(|other| other.name == *name) {
-                Some((format!("two functions named {name}"), "different names"))
-            } else if parameters.as_ref().is_some_and(|schema| !schema.is_object()) {
-                Some((
-                    format!("parameters of {name} that are no object"),
-                    "a JSON schema of an object, or none",
-                ))
-            } else {
-                None
+                return Some((format!("a function named {name:?}"), "a name of letters, digits, _ and -"));
             }
-        })
-    })
+            if namespace.tools[..index].iter().any(|other| other.name == *name) {
+                return Some((format!("two functions named {name}"), "different names"));
+            }
+            if parameters.as_ref().is_some_and(|schema| !schema.is_object()) {
+                let found = format!("parameters of {name} that are no object");
+                return Some((found, "a JSON schema of an object, or none"));
+            }
+        }
+    }
+    None
 }
 
 /// Whether a part of a header stays one part.

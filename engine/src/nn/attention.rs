@@ -5,15 +5,12 @@ use std::ops::Range;
 use burn::tensor::{Device, Tensor};
 
 use super::bias::{BiasProvider, BiasRequest};
-use super::rows::{concatenated, indices};
+use super::rows::{concatenated, indices, rows_of_step};
 use crate::kernels::product::product;
 
 /// Added to the score of a key that a query may not see: far below any score, and finite so that no device has to
 /// handle infinities.
 const HIDDEN: f32 = -1e30;
-
-/// Bytes that the scores of one step may take; longer queries are cut. Below the 128 MiB of the smallest devices.
-const SCORES: usize = 64 << 20;
 
 /// Scaled dot-product attention.
 #[derive(Clone)]
@@ -56,7 +53,7 @@ impl Visibility {
         };
         let mask = (!(sees_all(first) && sees_all(last))).then(|| {
             let key = indices(keys.iter().copied(), device).unsqueeze_dim::<2>(0);
-            let step = steps(queries.len(), keys.len());
+            let step = rows_of_step(keys.len());
             let parts = queries.clone().step_by(step).map(|start| {
                 let part = start..queries.end.min(start + step);
                 let size = [part.len(), keys.len()];
@@ -86,11 +83,6 @@ impl Visibility {
     }
 }
 
-/// Queries of a step, for f32 scores of so many for each query.
-fn steps(queries: usize, scores: usize) -> usize {
-    (SCORES / (4 * scores).max(1)).clamp(1, queries.max(1))
-}
-
 impl<'a> Attention<'a> {
     /// Plain attention with this factor, commonly `1 / √head_dim`.
     pub fn scaled(scale: f32) -> Attention<'a> {
@@ -102,7 +94,7 @@ impl<'a> Attention<'a> {
     pub fn forward(&self, q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, visibility: &Visibility) -> Tensor<3> {
         let [tokens, heads, _] = q.dims();
         let keys = k.dims()[1];
-        let step = steps(tokens, heads * keys);
+        let step = rows_of_step(heads * keys);
         let k = k.swap_dims(1, 2);
         let parts = (0..tokens).step_by(step).map(|start| {
             let rows = start..tokens.min(start + step);

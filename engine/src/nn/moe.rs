@@ -11,12 +11,9 @@ use burn::tensor::{Int, Tensor, activation::softmax};
 
 use super::linear::{Linear, as_type, product};
 use super::mxfp4::Mxfp4Linear;
-use super::rows::{concatenated, indices};
+use super::rows::{concatenated, indices, rows_of_step};
 use super::swiglu::swiglu;
 use crate::backend::Float;
-
-/// Bytes that the hidden rows of one step may take; more tokens are cut. Below the 128 MiB of the smallest devices.
-const HIDDEN: usize = 64 << 20;
 
 /// Pairs of a token and an expert in one step: a kernel has a cube for each, and devices allow 65535 on an axis.
 const MOST_PAIRS: usize = 65_535;
@@ -117,8 +114,10 @@ impl Moe {
     /// [`Moe::forward`] with experts selected by the caller.
     pub fn forward_selected(&self, x: Tensor<2>, selection: Selection) -> Tensor<2> {
         let [tokens, active] = selection.experts.dims();
-        let step = (HIDDEN / (4 * active * self.mlp1_bias.dims()[1]).max(1))
-            .clamp(1, (MOST_PAIRS / active.max(1)).max(1));
+        let step = rows_of_step(active * self.mlp1_bias.dims()[1]).min(MOST_PAIRS / active.max(1)).max(1);
+        if tokens <= step {
+            return self.rows(x, selection);
+        }
         let parts = (0..tokens).step_by(step).map(|start| {
             let rows = tokens.min(start + step) - start;
             let experts = selection.experts.clone().narrow(0, start, rows);

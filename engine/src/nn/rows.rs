@@ -8,6 +8,14 @@ pub(crate) fn indices(indices: impl IntoIterator<Item = usize>, device: &Device)
     Tensor::from_data(indices.as_slice(), device)
 }
 
+/// Bytes that the rows of one step may take. Below the 128 MiB of the smallest devices' buffers.
+const STEP: usize = 64 << 20;
+
+/// Rows of a step, at least one, for so many f32 in each.
+pub(crate) fn rows_of_step(floats: usize) -> usize {
+    (STEP / (4 * floats).max(1)).max(1)
+}
+
 /// Parts along an axis, at least one. A single part is not copied, as `Tensor::cat` does.
 ///
 /// Where an allocation fails, CubeCL computes nothing that depends on it, and reading any of it is an error. But a tensor

@@ -397,7 +397,6 @@ fn token_tables_in_parts_equal_the_whole() {
     }
 }
 
-/// Random packed matrices, and their values by the decoder of `formats`.
 /// A part that the device has no room for must not be taken for zeros because other parts were computed.
 #[test]
 fn what_could_not_be_computed_is_an_error_behind_other_parts_too() {
@@ -419,6 +418,7 @@ fn what_could_not_be_computed_is_an_error_behind_other_parts_too() {
     }
 }
 
+/// Random packed matrices, and their values by the decoder of `formats`.
 fn packed(
     seed: u64,
     [experts, rows, columns]: [usize; 3],

@@ -43,7 +43,7 @@ use anyhow::Result;
 use clap::{Args, Subcommand, ValueHint};
 
 pub use self::pages::Pages;
-pub use self::terminal::{Console, Outcome, exit_on_interrupt, explained};
+pub use self::terminal::{Console, Outcome, bar, exit_on_interrupt, explained};
 use crate::model_bin::dump::Limits;
 
 /// How to talk: flags that every verb takes.

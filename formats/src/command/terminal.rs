@@ -126,9 +126,7 @@ impl Progress for Console {
             eprintln!("{step}: {}", HumanBytes(total));
             return;
         }
-        let style = "{msg:24} {bar:32} {bytes:>10} of {total_bytes}  {bytes_per_sec}, {eta} left";
-        let bar = ProgressBar::new(total).with_message(step.to_owned());
-        bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        let bar = bar(step, total, "{bytes:>10} of {total_bytes}  {bytes_per_sec}");
         if let Some(previous) = self.bar().replace(bar) {
             previous.finish_and_clear();
         }
@@ -139,6 +137,13 @@ impl Progress for Console {
             bar.inc(bytes);
         }
     }
+}
+
+/// A bar for a step of `total` units, which `counts` tells in indicatif's template language.
+pub fn bar(step: &str, total: u64, counts: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(&format!("{{msg:24}} {{bar:32}} {counts}, {{eta}} left"));
+    let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(total).with_message(step.to_owned()).with_style(style)
 }
 
 /// An error and its causes on one line. Many errors tell their cause in their own text; it is not told again.

@@ -78,7 +78,7 @@ pub fn bench(console: &Console, arguments: &Arguments) -> Result<Outcome> {
             "runs": arguments.runs,
             "rows": rows,
         });
-        writeln!(out, "{document:#}")?;
+        console.document(&mut out, &document)?;
         return Ok(Outcome::Fine);
     }
     write!(

@@ -166,11 +166,13 @@ impl Talk<'_> {
         let before = self.chat.len();
         self.chat.add_user(text.as_str());
         let answered = self.answer(input);
-        if answered.is_err() {
+        if let Err(error) = &answered {
             self.chat.truncate(before);
             self.taken_back = Some(text);
-            // Where the device failed, nothing in the caches can be relied on.
-            self.session = Session::new(self.session.model());
+            if let Some(engine::Error::Device(_) | engine::Error::Sampling(_)) = error.downcast_ref() {
+                // Nothing in the caches can be relied on.
+                self.session = Session::new(self.session.model());
+            }
         }
         answered
     }

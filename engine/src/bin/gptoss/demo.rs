@@ -78,14 +78,9 @@ struct Stage {
 
 impl Stage {
     fn new(json: bool) -> Stage {
-        let view: Box<dyn View> = if json {
-            Box::new(Lines)
-        } else {
-            let mut text = Text::new();
-            text.with_stats = false;
-            Box::new(text)
-        };
-        Stage { json, styles: Styles::of_stdout(), view }
+        let mut text = Text::new();
+        text.with_stats = false;
+        Stage { json, styles: Styles::of_stdout(), view: text.or_lines(json) }
     }
 
     /// A line for people.

@@ -14,7 +14,7 @@ use crate::interrupt;
 use crate::options::{DeviceOptions, ModelOptions, SamplingOptions, read_text};
 use crate::tools::{self, Tools};
 use crate::turn;
-use crate::view::{Lines, Stats, Text, View};
+use crate::view::{Stats, Text};
 
 /// Tokens of a plain text where --max-tokens says nothing: such a text has no end of its own.
 const PLAIN_TOKENS: usize = 256;
@@ -57,14 +57,10 @@ pub fn generate(console: &Console, arguments: &Arguments) -> Result<Outcome> {
     let given = arguments.conversation.as_deref().map(conversation::read).transpose()?;
     arguments.sampling.options(0)?;
     let stored = arguments.model.open(console)?;
-    let mut view: Box<dyn View> = if console.json {
-        Box::new(Lines)
-    } else {
-        let mut text = Text::new();
-        text.final_only = arguments.final_only;
-        text.with_stats = !console.quiet;
-        Box::new(text)
-    };
+    let mut text = Text::new();
+    text.final_only = arguments.final_only;
+    text.with_stats = !console.quiet;
+    let mut view = text.or_lines(console.json);
     if arguments.plain {
         let tokenizer = Tokenizer::new(stored.vocabulary())?;
         let text = prompt.unwrap_or_default();

@@ -52,7 +52,7 @@ pub fn info(console: &Console, arguments: &Arguments) -> Result<Outcome> {
             });
             document["residency"] = json!(residency);
         }
-        writeln!(out, "{document:#}")?;
+        console.document(&mut out, &document)?;
         return Ok(Outcome::Fine);
     }
     if let Some((stored, config, residency)) = &model {

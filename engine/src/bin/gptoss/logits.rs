@@ -57,7 +57,7 @@ pub fn logits(console: &Console, arguments: &Arguments) -> Result<Outcome> {
             "backend": model.device().backend(),
             "seconds": seconds,
         });
-        writeln!(std::io::stdout(), "{document:#}")?;
+        console.document(&mut std::io::stdout(), &document)?;
     } else {
         let target = arguments.out.display();
         writeln!(std::io::stdout(), "{target}: logits f32 [{positions}, {vocabulary}], {seconds:.1} s")?;

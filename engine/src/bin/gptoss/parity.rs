@@ -167,7 +167,7 @@ pub fn parity(console: &Console, arguments: &Arguments) -> Result<Outcome> {
         let document = serde_json::json!({
             "summary": summary, "failures": failures, "positions": positions,
         });
-        writeln!(std::io::stdout(), "{document:#}")?;
+        console.document(&mut std::io::stdout(), &document)?;
     } else {
         print(&summary, &positions, &failures, arguments.all)?;
     }

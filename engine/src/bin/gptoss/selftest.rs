@@ -49,7 +49,7 @@ pub fn selftest(console: &Console, arguments: &Arguments) -> Result<Outcome> {
     let trusted = entries.iter().all(|entry| entry.trusted != Some(false));
     let mut out = std::io::stdout().lock();
     if console.json {
-        writeln!(out, "{:#}", serde_json::json!({ "trusted": trusted, "backends": entries }))?;
+        console.document(&mut out, &serde_json::json!({ "trusted": trusted, "backends": entries }))?;
         return Ok(Outcome::of(trusted));
     }
     let styles = Styles::of_stdout();

@@ -137,10 +137,9 @@ fn run(
                     delta(text, view)?;
                 }
                 event => {
-                    delta(stop.take(), view)?;
-                    if matches!(event, Event::Start(_)) {
-                        shown = 0;
-                    }
+                    let held = stop.take();
+                    shown = if matches!(event, Event::Start(_)) { 0 } else { shown + held.len() };
+                    delta(held, view)?;
                     view.event(&event)?;
                 }
             }

@@ -7,7 +7,8 @@ use anstream::AutoStream;
 use anstyle::{AnsiColor, Style};
 use engine::gpt_oss::{Step, Stop};
 use engine::harmony::{Event, Header, Notice, Problem, ToolCall};
-use indicatif::{ProgressBar, ProgressStyle};
+use formats::command::bar;
+use indicatif::ProgressBar;
 use serde::Serialize;
 
 /// Numbers of a generation, or of several together.
@@ -196,6 +197,11 @@ impl Text {
         }
     }
 
+    /// This, or JSON lines in its place.
+    pub fn or_lines(self, json: bool) -> Box<dyn View> {
+        if json { Box::new(Lines) } else { Box::new(self) }
+    }
+
     /// Removes the bar.
     fn prefilled(&mut self) {
         if let Some(bar) = self.prefill.take() {
@@ -278,12 +284,7 @@ impl View for Text {
                 writeln!(io::stderr(), "prompt: {} new tokens", total - done)?;
                 ProgressBar::hidden()
             }
-            None => {
-                let style = "{msg:24} {bar:32} {pos:>7} of {len} tokens  {per_sec}, {eta} left";
-                let style = ProgressStyle::with_template(style);
-                let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
-                ProgressBar::new(total as u64).with_message("prompt").with_style(style)
-            }
+            None => bar("prompt", total as u64, "{pos:>7} of {len} tokens  {per_sec}"),
         };
         bar.set_position(done as u64);
         self.prefill = Some(bar);
