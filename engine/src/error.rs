@@ -70,6 +70,11 @@ pub enum Error {
         /// Tokens of the session.
         tokens: usize,
     },
+    /// A cache, or a snapshot of one, of a model that is computed in another way.
+    #[error(
+        "the cache belongs to a model that is computed in another way: make it with this model's new_cache"
+    )]
+    Cache,
     /// Sampling options outside their range.
     #[error(transparent)]
     SamplingOptions(#[from] crate::sampling::OptionsError),

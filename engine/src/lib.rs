@@ -33,9 +33,11 @@ pub mod error;
 pub mod gpt_oss;
 pub mod harmony;
 pub mod kernels;
+pub mod native;
 pub mod nn;
 pub mod sampling;
 pub mod selftest;
+pub mod synthetic;
 mod user_cache;
 
 pub use error::{Error, Result};

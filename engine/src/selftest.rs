@@ -11,7 +11,7 @@ use formats::model_bin::{Stored, StoredOptions};
 use formats::output::TemporaryFolder;
 use safetensors::{Dtype, SafeTensors};
 
-use crate::backend::{Device, Float};
+use crate::backend::{Backend, Device, Float};
 use crate::error::{Error, Result};
 use crate::gpt_oss::model::read;
 use crate::gpt_oss::{LoadOptions, Model, Sequence, Session, Trace};
@@ -71,8 +71,8 @@ impl Report {
     }
 }
 
-/// Runs the trace on a device: in f32 with packed and with dequantised experts, token by token, in each half precision
-/// that the device has, and as models are loaded on it by default; and draws tokens there.
+/// Runs the trace on a device: in f32 with packed and with dequantised experts, by the processor's own runtime, token by
+/// token, in each half precision that the device has, and as models are loaded on it by default; and draws tokens there.
 ///
 /// # Errors
 /// [`Error::Device`] where the device fails outright, [`Error::Format`] where the temporary folder cannot be written.
@@ -87,17 +87,25 @@ pub fn run(device: &Device) -> Result<Report> {
     let tokens: Vec<u32> = values(&trace, "tokens")?.into_iter().map(|token| token as u32).collect();
     let f32_options =
         LoadOptions { activations: Some(Float::F32), cache: Some(Float::F32), ..LoadOptions::default() };
+    let mut ways = vec![
+        ("plain tensors, packed experts", f32_options.clone()),
+        ("plain tensors, dequantised experts", LoadOptions { dequantize: true, ..f32_options }),
+    ];
+    if device.backend() == Backend::Cpu {
+        let native = LoadOptions { cache: Some(Float::F32), ..LoadOptions::default() };
+        ways.push(("the processor's own runtime", native));
+    }
     let mut checks = Vec::new();
-    for dequantize in [false, true] {
-        let model = Model::load(&stored, &LoadOptions { dequantize, ..f32_options.clone() }, device, &())?;
-        let kind = if dequantize { "dequantised" } else { "packed" };
+    for (way, options) in ways {
+        let model = Model::load(&stored, &options, device, &())?;
         let errors = compute(&model, &tokens)?.into_iter().map(|(name, found)| {
             let truth = values(&trace, &name)?;
             Ok((name, largest_error(&found, &truth), F32_BOUND))
         });
-        checks.push(worst(format!("f32, {kind} experts"), errors)?);
-        if !dequantize {
-            checks.push(token_by_token(&model, &tokens, &values(&trace, "logits")?)?);
+        checks.push(worst(format!("f32, {way}"), errors)?);
+        if !options.dequantize {
+            let truth = values(&trace, "logits")?;
+            checks.push(token_by_token(format!("f32, {way}, token by token"), &model, &tokens, &truth)?);
         }
     }
     let genuine = values(&trace, "bf16.errors")?;
@@ -124,18 +132,18 @@ fn compute(model: &Model, tokens: &[u32]) -> Result<Vec<(String, Vec<f32>)>> {
     let mut trace = Trace::default();
     let mut cache = model.new_cache();
     let x = model.forward(&mut [Sequence { cache: &mut cache, tokens }], Some(&mut trace))?;
-    let logits = ("logits".into(), model.unembed(x));
+    let logits = ("logits".into(), model.unembed(x)?);
     trace.into_named().chain([logits]).map(|(name, tensor)| Ok((name, read(tensor)?))).collect()
 }
 
-fn token_by_token(model: &Model, tokens: &[u32], truth: &[f64]) -> Result<Check> {
+fn token_by_token(name: String, model: &Model, tokens: &[u32], truth: &[f64]) -> Result<Check> {
     let mut session = Session::new(model);
     let rows = truth.chunks(model.config().vocabulary);
     let errors = tokens.iter().zip(rows).map(|(&token, truth)| {
         let found = read(session.advance(&[token])?)?;
         Ok(("logits".to_string(), largest_error(&found, truth), F32_BOUND))
     });
-    worst("f32, token by token".into(), errors)
+    worst(name, errors)
 }
 
 /// How often a token drawn on the device is not the one that the processor draws with the same random number. Sums in

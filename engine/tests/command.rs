@@ -417,7 +417,7 @@ fn a_conversation_that_is_too_long_is_an_error_with_advice() {
     let events =
         expect(0, &["generate", "-m", &model, "--plain", "-p", &long, "--max-tokens", "1", "--json"]);
     let done: Vec<_> = json_lines(&events).iter().filter_map(|event| event["done"].as_u64()).collect();
-    assert_eq!(done, [0, 512, 1024, 1536, 2048]);
+    assert_eq!(done, (0..2500).step_by(256).collect::<Vec<u64>>());
 }
 
 #[test]
@@ -588,7 +588,7 @@ fn parity_with_the_genuine_module() {
     let compare = |status, flags: &[&str]| {
         json_of(status, &[&["parity", "-m", &small, "--json", "-q"], flags].concat())
     };
-    let found = compare(0, &[&["--reference", &trace], &bounds[..]].concat());
+    let found = compare(0, &[&["--reference", &trace, "--cache", "f32"], &bounds[..]].concat());
     assert_eq!(found["summary"]["positions"], 40);
     assert_eq!(found["positions"].as_array().unwrap().len(), 40);
     assert_eq!(found["failures"], json!([]));
@@ -600,7 +600,8 @@ fn parity_with_the_genuine_module() {
     assert!(found["failures"][0].as_str().unwrap().contains("relative"), "{found}");
     // Decoded experts compute the same; another model does not.
     let text = ["--text", "hello world", "--min-top1", "0.9"];
-    compare(0, &[&["--other-dequantize", "--max-rel", "1e-5"], &text[..]].concat());
+    let plain = ["--plain-tensors", "--other-dequantize", "--max-rel", "1e-5"];
+    compare(0, &[&plain, &text[..]].concat());
     compare(1, &[&["--other", &fixture("gpt-oss/checkpoints/long")], &text[..]].concat());
     // A table for people, which says what it leaves out.
     let table = expect(0, &["parity", "-m", &small, "--reference", &trace, "-q"]);
@@ -807,7 +808,7 @@ fn the_demo_is_right_and_keeps_its_files_where_asked() {
     let right = right.rsplit_once('\n').unwrap().1;
     assert!(right == rest && right.parse::<u32>().unwrap() >= 10 && !out.contains('✗'), "{out}");
     assert_eq!(out.matches('✓').count().to_string(), right, "{out}");
-    assert!(err.contains("experts (MXFP4, packed)"), "{err}");
+    assert!(err.contains("experts (MXFP4, packed, as the file is mapped)"), "{err}");
     for name in ["checkpoint/model.safetensors", "model.bin"] {
         assert!(PathBuf::from(&folder).join(name).is_file(), "{name}");
     }

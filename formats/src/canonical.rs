@@ -19,7 +19,7 @@ use crate::violation::{Error, Result, Violation};
 use crate::vocabulary::Vocabulary;
 
 /// A model that can be read tensor by tensor.
-pub trait Source: Sync {
+pub trait Source: Send + Sync {
     /// The hyper-parameters, computed as the genuine exporter does.
     fn header(&self) -> &ModelHeader;
 

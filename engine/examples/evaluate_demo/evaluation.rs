@@ -82,7 +82,7 @@ fn measure(model: &Model, turn: &Turn) -> Result<(bool, f64)> {
     let mut exact = true;
     let mut logprob = 0.0;
     for (index, expected) in turn.expected.chunks(ROWS).enumerate() {
-        let logits = model.unembed(rows.clone().narrow(0, index * ROWS, expected.len()));
+        let logits = model.unembed(rows.clone().narrow(0, index * ROWS, expected.len()))?;
         let best = logits.clone().argmax(1).into_data().iter::<i64>().collect::<Vec<_>>();
         exact &= best.iter().zip(expected).all(|(&best, &expected)| best == i64::from(expected));
         let ids: Vec<i32> = expected.iter().map(|&id| id as i32).collect();

@@ -8,8 +8,7 @@ use formats::progress::Progress;
 use burn::tensor::{DType, Tensor, TensorData};
 
 use super::config::Config;
-use super::model::{Block, Model};
-use super::residency::Residency;
+use super::plain::{Block, Model};
 use crate::backend::{Backend, Device, Float};
 use crate::error::{Error, Result};
 use crate::nn::cache::CacheLayout;
@@ -23,12 +22,16 @@ use crate::nn::rope::Frequencies;
 /// How a model resides and computes. `None` leaves the choice to the device.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LoadOptions {
-    /// The type of the factors of products (default: bf16 on CUDA, f32 elsewhere). Sums, norms, softmax and the
-    /// residual stream are f32 always.
+    /// Whether plain tensor operations compute it, the reference, also where there is a faster runtime. So they do where
+    /// `activations`, `weights` or `dequantize` ask for it.
+    pub plain_tensors: bool,
+    /// The type of the factors of products of plain tensors (default: bf16 on CUDA, f32 elsewhere). Sums, norms, softmax
+    /// and the residual stream are f32 always.
     pub activations: Option<Float>,
-    /// The type of matrices that are not MXFP4 (default: that of `activations`). Types above bf16 hold the same values.
+    /// The type of matrices that are not MXFP4, as plain tensors (default: that of `activations`). Types above bf16 hold
+    /// the same values.
     pub weights: Option<Float>,
-    /// The type of keys and values (default: f32 on the processor, f16 elsewhere).
+    /// The type of keys and values (default: f16; f32 as plain tensors on the processor).
     pub cache: Option<Float>,
     /// Whether experts are decoded to the type of `weights` while loading, the baseline that packed ones are measured
     /// against.
@@ -41,7 +44,18 @@ pub struct LoadOptions {
 
 /// [`LoadOptions`] with every choice made.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Types {
+pub(super) enum Types {
+    /// The processor's own runtime, from weights as they are stored.
+    Native {
+        cache: Float,
+        context: usize,
+    },
+    Plain(PlainTypes),
+}
+
+/// The types of plain tensors.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PlainTypes {
     pub(super) activations: Float,
     pub(super) weights: Float,
     cache: Float,
@@ -52,6 +66,19 @@ pub(super) struct Types {
 
 impl LoadOptions {
     pub(super) fn resolve(&self, config: &Config, device: &Device) -> Result<Types> {
+        let context = self.context.unwrap_or(config.context_length);
+        if context == 0 || context > config.context_length {
+            return Err(Error::Model {
+                field: "--context",
+                found: context.to_string(),
+                needed: format!("1 to {}, the model's context length", config.context_length),
+            });
+        }
+        let plain =
+            self.plain_tensors || self.activations.is_some() || self.weights.is_some() || self.dequantize;
+        if device.backend() == Backend::Cpu && !plain {
+            return Ok(Types::Native { cache: self.cache.unwrap_or(Float::F16), context });
+        }
         let on_cuda = device.backend() == Backend::Cuda;
         let activations = self.activations.unwrap_or(if on_cuda { Float::Bf16 } else { Float::F32 });
         let weights = self.weights.unwrap_or(activations);
@@ -66,44 +93,41 @@ impl LoadOptions {
                 });
             }
         }
-        let context = self.context.unwrap_or(config.context_length);
-        if context == 0 || context > config.context_length {
-            return Err(Error::Model {
-                field: "--context",
-                found: context.to_string(),
-                needed: format!("1 to {}, the model's context length", config.context_length),
-            });
-        }
         let experts = self.dequantize.then_some(weights);
-        Ok(Types { activations, weights, cache, experts, context })
+        Ok(Types::Plain(PlainTypes { activations, weights, cache, experts, context }))
     }
 }
 
 impl Types {
+    /// The largest number of tokens of a sequence.
+    pub(super) fn context(&self) -> usize {
+        match self {
+            Types::Native { context, .. } => *context,
+            Types::Plain(types) => types.context,
+        }
+    }
+
     pub(super) fn cache_layout(&self, config: &Config) -> CacheLayout {
-        CacheLayout::of(config, self.cache, self.context)
+        match self {
+            Types::Native { cache, context } => CacheLayout::of(config, *cache, *context),
+            Types::Plain(types) => CacheLayout::of(config, types.cache, types.context),
+        }
     }
 }
 
 impl Model {
-    /// Loads a model after checking that it fits (see [`Residency`]).
-    ///
-    /// # Errors
-    /// [`Error::Memory`] where it does not fit, [`Error::Model`] where the engine or the device cannot run it,
-    /// [`Error::Format`] where a container cannot be read.
-    pub fn load(
+    /// Brings a model to a device.
+    pub(super) fn load(
         stored: &Stored,
-        options: &LoadOptions,
+        config: &Config,
+        types: PlainTypes,
         device: &Device,
         progress: &dyn Progress,
     ) -> Result<Model> {
-        Residency::plan(stored, options, device)?.check()?;
-        let config = Config::new(stored.header(), stored.dims())?;
-        let types = options.resolve(&config, device)?;
         let weights = &stored.layout().weights;
         progress
             .begin("loading", weights.tensors().map(|tensor| tensor.range.end - tensor.range.start).sum());
-        let loader = Loader { stored, device, types, config: &config, progress };
+        let loader = Loader { stored, device, types, config, progress };
         let embedding = loader.table(TensorKind::Embedding)?;
         let blocks = (0..config.num_blocks).map(|block| loader.block(block)).collect::<Result<_>>()?;
         let norm = loader.norm(TensorId { kind: TensorKind::Norm, block: 0 })?;
@@ -111,9 +135,9 @@ impl Model {
         device.sync()?;
         Ok(Model {
             rope: Frequencies::yarn(&config.yarn(), config.head_dim),
-            cache_layout: types.cache_layout(&config).into(),
+            cache_layout: CacheLayout::of(config, types.cache, types.context).into(),
             device: device.clone(),
-            config,
+            config: config.clone(),
             embedding,
             blocks,
             norm,
@@ -125,7 +149,7 @@ impl Model {
 struct Loader<'a> {
     stored: &'a Stored,
     device: &'a Device,
-    types: Types,
+    types: PlainTypes,
     config: &'a Config,
     progress: &'a dyn Progress,
 }

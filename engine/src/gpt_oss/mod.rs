@@ -5,8 +5,8 @@
 //!   │  residency::Residency           what will reside where, refused with the numbers where it cannot fit
 //!   │  load                           pieces go to the device as they are stored
 //!   ▼
-//! model::Model                        embedding → blocks (attention, experts) → unembedding
-//!   │  ▲ nn::cache::KvCache           one for each sequence: growing buffers and rings
+//! model::Model                        plain tensors, or the processor's own runtime: embedding → blocks → unembedding
+//!   │  ▲ cache::Cache                 one for each sequence
 //!   ▼  │
 //! session::Session                    tokens so far, snapshots, going back, forks
 //!   │  sampling::Sampler
@@ -16,13 +16,16 @@
 //!
 //! The numerics are those of `gpt_oss/torch/model.py` 0.0.9, OpenAI's reference.
 
+pub mod cache;
 pub mod config;
 pub mod generate;
 mod load;
 pub mod model;
+mod plain;
 pub mod residency;
 pub mod session;
 
+pub use cache::Cache;
 pub use config::Config;
 pub use generate::{Outcome, Request, Step, Stop, generate};
 pub use load::LoadOptions;

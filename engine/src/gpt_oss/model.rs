@@ -1,55 +1,45 @@
-//! The model, top to bottom.
+//! A model, whoever computes it.
 //!
-//! Sequences of a batch are laid end to end: everything but attention works on rows of tokens and does not care whose
-//! they are, so sequences of different lengths need no padding.
+//! | runtime | where | what it computes with |
+//! |---|---|---|
+//! | [`crate::native`] | processor | weights as they lie in the file, vector instructions |
+//! | [`plain`] | everywhere | Burn's tensor operations in any types: the reference |
 
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Int, Tensor, TensorData};
+use formats::model_bin::Stored;
+use formats::progress::Progress;
 
+use super::cache::Cache;
 use super::config::Config;
+use super::load::{LoadOptions, Types};
+use super::plain;
+use super::residency::Residency;
 use crate::backend::{Device, Float};
 use crate::error::{Error, Result};
-use crate::nn::attention::{Attention, Visibility};
-use crate::nn::cache::{CacheLayout, KvCache};
-use crate::nn::embedding::TokenTable;
-use crate::nn::linear::{Linear, as_type};
-use crate::nn::moe::Moe;
-use crate::nn::norm::RmsNorm;
-use crate::nn::rope::{Frequencies, Pairing, RotationTable};
-use crate::nn::rows::concatenated;
-
-/// Tokens that a prefill processes at a time.
-const PREFILL: usize = 512;
+use crate::native;
+use crate::nn::linear::as_type;
 
 /// GPT-OSS on a device.
 pub struct Model {
-    pub(super) config: Config,
-    pub(super) device: Device,
-    pub(super) cache_layout: Arc<CacheLayout>,
-    pub(super) rope: Frequencies,
-    pub(super) embedding: TokenTable,
-    pub(super) blocks: Vec<Block>,
-    pub(super) norm: RmsNorm,
-    pub(super) unembedding: TokenTable,
+    config: Config,
+    device: Device,
+    context: usize,
+    runtime: Runtime,
 }
 
-/// One transformer block.
-pub struct Block {
-    pub(super) window: Option<usize>,
-    pub(super) attn_norm: RmsNorm,
-    pub(super) qkv: Linear,
-    pub(super) sinks: Tensor<1>,
-    pub(super) out: Linear,
-    pub(super) mlp_norm: RmsNorm,
-    pub(super) moe: Moe,
+/// Who computes.
+enum Runtime {
+    Plain(Box<plain::Model>),
+    Native(Box<native::Model>),
 }
 
 /// New tokens of one sequence and the cache of those before.
 pub struct Sequence<'a> {
     /// Keys and values of the tokens so far; holds those of `tokens` afterwards.
-    pub cache: &'a mut KvCache,
+    pub cache: &'a mut Cache,
     /// At least one.
     pub tokens: &'a [u32],
 }
@@ -82,15 +72,38 @@ impl Trace {
     }
 }
 
-/// Where the tokens of a sequence lie in the batch, and what its attention needs.
-struct Span {
-    rows: Range<usize>,
-    positions: Range<usize>,
-    full: Visibility,
-    windowed: Option<Visibility>,
-}
-
 impl Model {
+    /// Loads a model after checking that it fits (see [`Residency`]).
+    ///
+    /// # Errors
+    /// [`Error::Memory`] where it does not fit, [`Error::Model`] where the engine or the device cannot run it,
+    /// [`Error::Format`] where a container cannot be read.
+    pub fn load(
+        stored: &Stored,
+        options: &LoadOptions,
+        device: &Device,
+        progress: &dyn Progress,
+    ) -> Result<Model> {
+        Residency::plan(stored, options, device)?.check()?;
+        let config = Config::new(stored.header(), stored.dims())?;
+        let types = options.resolve(&config, device)?;
+        let runtime = match types {
+            Types::Native { cache, context } => {
+                let options = native::Options {
+                    context: Some(context),
+                    cache: Some(cache.into()),
+                    ..native::Options::default()
+                };
+                let model = native::Model::new(Arc::new(stored.clone()), config.clone(), &options)?;
+                Runtime::Native(Box::new(model))
+            }
+            Types::Plain(types) => {
+                Runtime::Plain(Box::new(plain::Model::load(stored, &config, types, device, progress)?))
+            }
+        };
+        Ok(Model { context: types.context(), config, device: device.clone(), runtime })
+    }
+
     /// The hyper-parameters.
     pub fn config(&self) -> &Config {
         &self.config
@@ -101,19 +114,17 @@ impl Model {
         &self.device
     }
 
-    /// The caches of one sequence.
-    pub fn cache_layout(&self) -> &CacheLayout {
-        &self.cache_layout
-    }
-
     /// The longest sequence.
     pub fn context(&self) -> usize {
-        self.cache_layout.context
+        self.context
     }
 
     /// An empty cache for one sequence.
-    pub fn new_cache(&self) -> KvCache {
-        KvCache::new(self.cache_layout.clone(), self.device.burn())
+    pub fn new_cache(&self) -> Cache {
+        match &self.runtime {
+            Runtime::Plain(model) => Cache::Plain(model.new_cache()),
+            Runtime::Native(model) => Cache::Native(model.new_cache()),
+        }
     }
 
     /// Runs new tokens of some sequences through all blocks: f32 `[tokens, embedding_dim]` after the final norm, the
@@ -121,93 +132,68 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::Token`] for an id outside the vocabulary, [`Error::Length`] where there is no sequence, or where one is
-    /// empty or exceeds the context. Nothing has changed then.
-    pub fn forward(&self, batch: &mut [Sequence<'_>], mut trace: Option<&mut Trace>) -> Result<Tensor<2>> {
-        let spans = self.spans(batch)?;
-        if spans.is_empty() {
-            return Err(Error::Length { length: 0, context: self.context() });
-        }
-        let tokens: Vec<u32> = batch.iter().flat_map(|sequence| sequence.tokens).copied().collect();
-        let rope = self.rope.table(spans.iter().flat_map(|span| span.positions.clone()), self.device.burn());
-        let mut x = self.embedding.rows(&tokens);
-        if let Some(trace) = trace.as_deref_mut() {
-            trace.embedding = Some(x.clone());
-        }
-        for (index, block) in self.blocks.iter().enumerate() {
-            x = x.clone() + self.attention(index, block, block.attn_norm.forward(x), &rope, &spans, batch);
-            let normed = block.mlp_norm.forward(x.clone());
-            let selection = block.moe.router.forward(normed.clone());
-            if let Some(trace) = trace.as_deref_mut() {
-                trace.attention.push(x.clone());
-                trace.experts.push(selection.experts.clone());
-            }
-            x = x + block.moe.forward_selected(normed, selection);
-            if let Some(trace) = trace.as_deref_mut() {
-                trace.blocks.push(x.clone());
-            }
-        }
-        for sequence in batch {
-            sequence.cache.advance(sequence.tokens.len());
-        }
-        let x = self.norm.forward(x);
-        if let Some(trace) = trace {
-            trace.norm = Some(x.clone());
-        }
-        Ok(x)
-    }
-
-    /// Attention of a block, without the residual: f32 `[tokens, embedding_dim]`.
-    fn attention(
-        &self,
-        index: usize,
-        block: &Block,
-        x: Tensor<2>,
-        rope: &RotationTable,
-        spans: &[Span],
-        batch: &mut [Sequence<'_>],
-    ) -> Tensor<2> {
-        let Config { head_dim, num_heads, num_kv_heads, .. } = self.config;
-        let tokens = x.dims()[0];
-        let qkv = block.qkv.forward(x).reshape([tokens, num_heads + 2 * num_kv_heads, head_dim]);
-        // The stored rows of Q and K are interleaved pairs, and carry the scale of the scores.
-        let q = rope.rotate(qkv.clone().narrow(1, 0, num_heads), Pairing::Interleaved);
-        let k = rope.rotate(qkv.clone().narrow(1, num_heads, num_kv_heads), Pairing::Interleaved);
-        let v = qkv.narrow(1, num_heads + num_kv_heads, num_kv_heads);
-        let attention = Attention { scale: 1.0, sinks: Some(block.sinks.clone()), bias: None, layer: index };
-        let outputs = spans.iter().zip(batch).map(|(span, sequence)| {
-            let of_span = |tensor: &Tensor<3>| tensor.clone().narrow(0, span.rows.start, span.rows.len());
-            let [k, v] = [&k, &v].map(|tensor| of_span(tensor).swap_dims(0, 1));
-            let (keys, values) = sequence.cache.append(index, k, v);
-            let seen = span.windowed.as_ref().filter(|_| block.window.is_some()).unwrap_or(&span.full);
-            attention.forward(of_span(&q), keys, values, seen)
-        });
-        let outputs = concatenated(outputs.collect(), 0).reshape([tokens, num_heads * head_dim]);
-        block.out.forward(outputs)
-    }
-
-    fn spans(&self, batch: &[Sequence<'_>]) -> Result<Vec<Span>> {
-        let mut end = 0;
-        let mut spans = Vec::with_capacity(batch.len());
-        for sequence in batch {
+    /// empty or exceeds the context, [`Error::Cache`] for a cache of another runtime. Nothing has changed then.
+    pub fn forward(&self, batch: &mut [Sequence<'_>], trace: Option<&mut Trace>) -> Result<Tensor<2>> {
+        for sequence in batch.iter() {
             self.check_tokens(sequence.tokens)?;
-            let count = sequence.tokens.len();
-            let positions = sequence.cache.next(count)?;
-            let visibility = |window: Option<usize>| {
-                let keys = sequence.cache.key_positions(window, count);
-                Visibility::causal(positions.clone(), keys, window, self.device.burn())
-            };
-            let window = self.blocks.iter().find_map(|block| block.window);
-            // The ring is at most as long as the context that was asked for.
-            let window = window.map(|window| window.min(self.context()));
-            spans.push(Span {
-                rows: end..end + count,
-                full: visibility(None),
-                windowed: window.map(|window| visibility(Some(window))),
-                positions,
-            });
-            end += count;
+            sequence.cache.next(sequence.tokens.len())?;
         }
-        Ok(spans)
+        if batch.is_empty() {
+            return Err(Error::Length { length: 0, context: self.context });
+        }
+        match &self.runtime {
+            Runtime::Plain(model) => {
+                let mut batch: Vec<_> = batch
+                    .iter_mut()
+                    .map(|Sequence { cache, tokens }| {
+                        Ok(plain::Sequence { cache: Cache::plain(cache)?, tokens })
+                    })
+                    .collect::<Result<_>>()?;
+                model.forward(&mut batch, trace)
+            }
+            Runtime::Native(model) => {
+                // A few tokens are bound by the reading of weights, many by arithmetic.
+                let path = match batch.iter().all(|sequence| sequence.tokens.len() == 1) {
+                    true => native::Path::Decode,
+                    false => native::Path::Prefill,
+                };
+                let mut batch: Vec<_> = batch
+                    .iter_mut()
+                    .map(|Sequence { cache, tokens }| {
+                        Ok(native::Sequence { cache: Cache::native(cache)?, tokens })
+                    })
+                    .collect::<Result<_>>()?;
+                let Some(trace) = trace else { return Ok(self.rows(model.forward(&mut batch, path, None)?)) };
+                let mut found = native::Trace::default();
+                let x = model.forward(&mut batch, path, Some(&mut found))?;
+                *trace = self.traced(found);
+                Ok(self.rows(x))
+            }
+        }
+    }
+
+    /// f32 rows as a tensor `[rows, embedding_dim]`.
+    fn rows(&self, values: Vec<f32>) -> Tensor<2> {
+        let width = self.config.embedding_dim;
+        let rows = values.len() / width;
+        Tensor::from_data(TensorData::new(values, [rows, width]), self.device.burn())
+    }
+
+    fn traced(&self, found: native::Trace) -> Trace {
+        let rows = |all: Vec<Vec<f32>>| all.into_iter().map(|rows| self.rows(rows)).collect();
+        let active = self.config.num_active_experts;
+        let experts = found.experts.into_iter().map(|ids| {
+            let ids: Vec<i32> = ids.into_iter().map(|id| id as i32).collect();
+            let tokens = ids.len() / active;
+            Tensor::<2, Int>::from_data(TensorData::new(ids, [tokens, active]), self.device.burn())
+        });
+        Trace {
+            embedding: Some(self.rows(found.embedding)),
+            attention: rows(found.attention),
+            blocks: rows(found.blocks),
+            experts: experts.collect(),
+            norm: Some(self.rows(found.norm)),
+        }
     }
 
     pub(super) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
@@ -219,15 +205,34 @@ impl Model {
     }
 
     /// Logits of normalised rows: f32 `[rows, embedding_dim]` → f32 `[rows, vocabulary]`.
-    pub fn unembed(&self, x: Tensor<2>) -> Tensor<2> {
-        self.unembedding.logits(x)
+    ///
+    /// # Errors
+    /// [`Error::Format`] where the weights cannot be read any more, [`Error::Device`] where the device failed.
+    pub fn unembed(&self, x: Tensor<2>) -> Result<Tensor<2>> {
+        match &self.runtime {
+            Runtime::Plain(model) => Ok(model.unembed(x)),
+            Runtime::Native(model) => {
+                let [rows, _] = x.dims();
+                let logits = model.unembed(&read(x)?)?;
+                let shape = [rows, self.config.vocabulary];
+                Ok(Tensor::from_data(TensorData::new(logits, shape), self.device.burn()))
+            }
+        }
+    }
+
+    /// Tokens that a prefill processes at a time.
+    fn chunk(&self) -> usize {
+        match self.runtime {
+            Runtime::Plain(_) => 512,
+            Runtime::Native(_) => 256,
+        }
     }
 
     /// Adds tokens to a sequence, in chunks, and returns the logits that follow the last one: f32 `[vocabulary]`.
     ///
     /// # Errors
     /// As [`Model::forward`]; nothing has changed then.
-    pub fn prefill(&self, cache: &mut KvCache, tokens: &[u32]) -> Result<Tensor<1>> {
+    pub fn prefill(&self, cache: &mut Cache, tokens: &[u32]) -> Result<Tensor<1>> {
         let logits = self.prefill_while(cache, tokens, &mut |_| Ok(ControlFlow::Continue(())))?;
         // `next` has refused an empty sequence.
         logits.ok_or(Error::Length { length: 0, context: self.context() })
@@ -237,21 +242,21 @@ impl Model {
     /// are no logits.
     pub(super) fn prefill_while(
         &self,
-        cache: &mut KvCache,
+        cache: &mut Cache,
         tokens: &[u32],
         goes_on: &mut dyn FnMut(usize) -> Result<ControlFlow<()>>,
     ) -> Result<Option<Tensor<1>>> {
         self.check_tokens(tokens)?;
         cache.next(tokens.len())?;
         let mut last = None;
-        for chunk in tokens.chunks(PREFILL) {
+        for chunk in tokens.chunks(self.chunk()) {
             if goes_on(cache.len())?.is_break() {
                 return Ok(None);
             }
             let x = self.forward(&mut [Sequence { cache: &mut *cache, tokens: chunk }], None)?;
             last = Some(x.narrow(0, chunk.len() - 1, 1));
         }
-        Ok(last.map(|row| self.unembed(row).squeeze_dim(0)))
+        last.map(|row| Ok(self.unembed(row)?.squeeze_dim(0))).transpose()
     }
 
     /// Logits after each token of a sequence of its own, chunk by chunk: `each` gets the positions and their logits,
@@ -271,7 +276,7 @@ impl Model {
         for chunk in tokens.chunks(32) {
             let start = cache.len();
             let x = self.forward(&mut [Sequence { cache: &mut cache, tokens: chunk }], None)?;
-            each(start..start + chunk.len(), read(self.unembed(x))?)?;
+            each(start..start + chunk.len(), read(self.unembed(x)?)?)?;
         }
         Ok(())
     }

@@ -2,11 +2,12 @@
 
 use std::fmt;
 
+use formats::container::Container;
 use formats::model_bin::Stored;
 use formats::model_bin::tensors::{TensorId, TensorKind};
 
 use super::config::Config;
-use super::load::LoadOptions;
+use super::load::{LoadOptions, PlainTypes, Types};
 use crate::backend::{Backend, Device, Float};
 use crate::error::{Bytes, Error, Result};
 use crate::nn::cache::CacheLayout;
@@ -68,15 +69,30 @@ impl Residency {
             stored_as: float.to_string(),
             bytes: count * float.size(),
         };
-        // A block of 32 values is 17 packed bytes.
-        let experts = match types.experts {
-            None => Part { name: "experts", stored_as: "MXFP4, packed".into(), bytes: packed },
-            Some(float) => weight("experts", float, packed / 17 * 32),
+        // The processor's own runtime leaves matrices where they are.
+        let as_stored = |part: Part| match stored.container() {
+            Container::ModelBin => {
+                Part { stored_as: format!("{}, as the file is mapped", part.stored_as), ..part }
+            }
+            Container::Checkpoint | Container::Gguf => part,
+        };
+        let packed_experts = Part { name: "experts", stored_as: "MXFP4, packed".into(), bytes: packed };
+        let (matrices, experts) = match types {
+            Types::Native { .. } => (None, as_stored(packed_experts)),
+            Types::Plain(types) => match types.experts {
+                None => (Some(types.weights), packed_experts),
+                // A block of 32 values is 17 packed bytes.
+                Some(float) => (Some(types.weights), weight("experts", float, packed / 17 * 32)),
+            },
+        };
+        let matrix = |name, share| match matrices {
+            None => as_stored(weight(name, Float::Bf16, elements(share))),
+            Some(float) => weight(name, float, elements(share)),
         };
         let cache = types.cache_layout(&config);
         let parts = vec![
-            weight("embedding and unembedding", types.weights, elements(Share::Table)),
-            weight("attention and routers", types.weights, elements(Share::Matrix)),
+            matrix("embedding and unembedding", Share::Table),
+            matrix("attention and routers", Share::Matrix),
             weight("norms, biases, sinks", Float::F32, elements(Share::Vector)),
             experts,
             Part {
@@ -87,19 +103,20 @@ impl Residency {
         ];
         // The gate and up projections of all experts, without their scales; dequantised ones have a buffer each.
         let gate_up = 2 * config.mlp_dim as u64 * config.embedding_dim as u64;
-        let largest_expert_tensor = match types.experts {
-            None => config.num_experts as u64 * gate_up / 2,
-            Some(float) => gate_up * float.size(),
+        let largest_expert_tensor = match types {
+            Types::Plain(PlainTypes { experts: Some(float), .. }) => gate_up * float.size(),
+            _ => config.num_experts as u64 * gate_up / 2,
         };
         let layer_experts = if config.num_blocks == 0 { 0 } else { packed / config.num_blocks as u64 };
-        let table = config.vocabulary as u64 * config.embedding_dim as u64 * types.weights.size();
+        let table = config.vocabulary as u64 * config.embedding_dim as u64;
+        let staging = matrices.map_or(0, |float| layer_experts.max(table * float.size()));
         let mut residency = Residency {
             device: format!("{} ({})", device.name(), device.backend()),
             parts,
             context: cache.context,
             first_cache: cache.bytes(cache.context.min(256)),
             snapshot: cache.snapshot_bytes(),
-            staging: layer_experts.max(table),
+            staging,
             available: options.memory.or(device.memory()),
             largest_buffers: [
                 ("the experts of a block", largest_expert_tensor),

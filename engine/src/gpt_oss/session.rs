@@ -14,16 +14,16 @@ use std::ops::ControlFlow;
 
 use burn::tensor::Tensor;
 
+use super::cache::{Cache, Snapshot};
 use super::model::Model;
 use crate::error::{Error, Result};
-use crate::nn::cache::{KvCache, Snapshot};
 
 /// A sequence and its caches.
 #[derive(Clone)]
 pub struct Session<'m> {
     model: &'m Model,
     tokens: Vec<u32>,
-    cache: KvCache,
+    cache: Cache,
     /// What follows the last token.
     logits: Option<Tensor<1>>,
     marks: Vec<Mark>,
@@ -124,7 +124,7 @@ impl<'m> Session<'m> {
             return Ok(Rollback { len, recomputed: 0 });
         }
         let known = self.tokens[..len].to_vec();
-        self.return_to(len);
+        self.return_to(len)?;
         let again = &known[self.tokens.len()..];
         if !again.is_empty() {
             self.advance(again)?;
@@ -173,14 +173,14 @@ impl<'m> Session<'m> {
         self.model.check_tokens(tokens)?;
         let common = self.tokens.iter().zip(tokens).take_while(|(a, b)| a == b).count();
         if common < self.tokens.len() {
-            self.return_to(common);
+            self.return_to(common)?;
         }
         if self.tokens.len() == tokens.len() {
             if let Some(logits) = self.logits.clone() {
                 return Ok(Some(Advance { reused: tokens.len(), recomputed: 0, prefilled: 0, logits }));
             }
             // A prefill was ended here: the last token is computed once more, for its logits.
-            self.return_to(tokens.len() - 1);
+            self.return_to(tokens.len() - 1)?;
         }
         let reused = self.tokens.len();
         let known = common.min(tokens.len() - 1);
@@ -202,13 +202,14 @@ impl<'m> Session<'m> {
     }
 
     /// Restores the last snapshot of at most `len` tokens, its tokens and its logits, and forgets later ones.
-    fn return_to(&mut self, len: usize) {
+    fn return_to(&mut self, len: usize) -> Result<()> {
         // The first snapshot, that of the empty session, is never dropped.
         let last = self.marks.iter().rposition(|mark| mark.snapshot.len() <= len).unwrap_or(0);
         self.marks.truncate(last + 1);
         let mark = &self.marks[last];
-        self.cache.restore(&mark.snapshot);
+        self.cache.restore(&mark.snapshot)?;
         self.tokens.truncate(mark.snapshot.len());
         self.logits.clone_from(&mark.logits);
+        Ok(())
     }
 }

@@ -7,6 +7,7 @@ pub mod attention;
 pub mod bias;
 pub mod cache;
 pub mod embedding;
+pub mod frequencies;
 pub mod linear;
 pub mod moe;
 pub mod mxfp4;

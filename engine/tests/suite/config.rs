@@ -86,9 +86,15 @@ fn what_does_not_fit_is_refused_with_the_numbers_and_nothing_is_loaded() {
     let error = Model::load(&stored, &options, &cpu, &()).err().unwrap();
     assert!(matches!(error, engine::Error::Memory { available: 100_000, .. }), "{error}");
     let plan = Residency::plan(&stored, &options, &cpu).unwrap();
-    // By hand: 300 x 64 embedding and unembedding in f32; 8 x (64 x 64 + 64 x 32) experts in 17/32 bytes, twice.
-    assert_eq!(plan.parts[0].bytes, 2 * 300 * 64 * 4);
-    assert_eq!(plan.parts[3].bytes, 2 * 8 * (64 * 64 + 64 * 32) * 17 / 32);
+    // By hand: 300 x 64 embedding and unembedding as they are stored, or in f32; 8 x (64 x 64 + 64 x 32) experts in 17/32
+    // bytes, twice.
+    assert_eq!(plan.parts[0].bytes, 2 * 300 * 64 * 2);
+    let plain =
+        Residency::plan(&stored, &LoadOptions { plain_tensors: true, ..options.clone() }, &cpu).unwrap();
+    assert_eq!(plain.parts[0].bytes, 2 * 300 * 64 * 4);
+    for plan in [plan, plain] {
+        assert_eq!(plan.parts[3].bytes, 2 * 8 * (64 * 64 + 64 * 32) * 17 / 32);
+    }
     let dequantized = LoadOptions { dequantize: true, weights: Some(Float::Bf16), ..options };
     let plan = Residency::plan(&stored, &dequantized, &cpu).unwrap();
     assert_eq!(plan.parts[3].bytes, 2 * 8 * (64 * 64 + 64 * 32) * 2);

@@ -3,7 +3,9 @@
 mod config;
 mod devices;
 mod generate;
+mod native;
 mod nn;
 mod numerics;
 mod sampling;
 mod session;
+mod trace;

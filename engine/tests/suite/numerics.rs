@@ -1,47 +1,14 @@
 //! The engine against traces of OpenAI's own `gpt_oss/torch/model.py` (see `fixtures/gpt-oss/README.md`).
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::devices::devices;
+use crate::trace::{CASES, Reference, fixture, l2_error, largest_error};
 use engine::backend::{Backend, Device, Float};
 use engine::gpt_oss::model::read;
 use engine::gpt_oss::{LoadOptions, Model, Sequence, Trace};
 use formats::model_bin::layout::PieceId;
 use formats::model_bin::{Stored, StoredOptions, write};
-use safetensors::{Dtype, SafeTensors};
-
-const CASES: [&str; 5] = ["one-block", "two-blocks", "three-blocks", "four-blocks", "long"];
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/gpt-oss/checkpoints").join(name)
-}
-
-/// What the genuine module computed.
-struct Reference {
-    bytes: Vec<u8>,
-}
-
-impl Reference {
-    fn open(name: &str) -> Reference {
-        Reference { bytes: std::fs::read(fixture("../traces").join(format!("{name}.safetensors"))).unwrap() }
-    }
-
-    fn values(&self, name: &str) -> Vec<f64> {
-        let file = SafeTensors::deserialize(&self.bytes).unwrap();
-        let tensor = file.tensor(name).unwrap_or_else(|_| panic!("no {name}"));
-        let bytes = tensor.data();
-        match tensor.dtype() {
-            Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b).into()).collect(),
-            Dtype::F64 => bytes.as_chunks::<8>().0.iter().map(|&b| f64::from_le_bytes(b)).collect(),
-            Dtype::I32 => bytes.as_chunks::<4>().0.iter().map(|&b| i32::from_le_bytes(b).into()).collect(),
-            other => panic!("{name}: {other:?}"),
-        }
-    }
-
-    fn tokens(&self) -> Vec<u32> {
-        self.values("tokens").into_iter().map(|token| token as u32).collect()
-    }
-}
 
 fn load(path: &Path, options: &LoadOptions, device: &Device) -> Model {
     let stored = Stored::open(path, &StoredOptions::default(), &()).unwrap();
@@ -57,28 +24,12 @@ fn run(model: &Model, tokens: &[u32]) -> (Named, Vec<Vec<i64>>) {
     let mut cache = model.new_cache();
     let x = model.forward(&mut [Sequence { cache: &mut cache, tokens }], Some(&mut trace)).unwrap();
     let experts = std::mem::take(&mut trace.experts);
-    let logits = ("logits".into(), model.unembed(x));
+    let logits = ("logits".into(), model.unembed(x).unwrap());
     let named: Named =
         trace.into_named().chain([logits]).map(|(name, tensor)| (name, read(tensor).unwrap())).collect();
     assert_eq!(named.len(), 3 + 2 * model.config().num_blocks);
     let experts = experts.into_iter().map(|ids| ids.into_data().iter::<i64>().collect());
     (named, experts.collect())
-}
-
-/// The largest difference, relative to the largest value of the truth.
-fn largest_error(found: &[f32], truth: &[f64]) -> f64 {
-    assert_eq!(found.len(), truth.len());
-    let largest = truth.iter().fold(0.0, |max: f64, value| max.max(value.abs()));
-    let differences = found.iter().zip(truth).map(|(&found, truth)| (f64::from(found) - truth).abs());
-    // `max` would swallow a NaN.
-    differences.fold(0.0, |max: f64, d| if d.is_nan() { f64::INFINITY } else { max.max(d) }) / largest
-}
-
-/// ‖found − truth‖ / ‖truth‖.
-fn l2_error(found: &[f32], truth: &[f64]) -> f64 {
-    let square = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>();
-    let difference = square(&mut found.iter().zip(truth).map(|(&found, truth)| f64::from(found) - truth));
-    (difference / square(&mut truth.iter().copied())).sqrt()
 }
 
 /// Runs every case with these options and checks each tensor, in the order of the computation, so that the first

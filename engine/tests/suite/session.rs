@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::devices::devices;
 use engine::Error;
-use engine::backend::{Device, Float};
+use engine::backend::{Backend, Device, Float};
 use engine::gpt_oss::model::read;
 use engine::gpt_oss::{LoadOptions, Model, Sequence, Session};
 use formats::model_bin::{Stored, StoredOptions};
@@ -32,26 +32,57 @@ fn whole(model: &Model, tokens: &[u32]) -> Vec<Vec<f32>> {
     let mut cache = model.new_cache();
     let x = model.forward(&mut [Sequence { cache: &mut cache, tokens }], None).unwrap();
     let vocabulary = model.config().vocabulary;
-    read(model.unembed(x)).unwrap().chunks(vocabulary).map(<[f32]>::to_vec).collect()
+    read(model.unembed(x).unwrap()).unwrap().chunks(vocabulary).map(<[f32]>::to_vec).collect()
 }
 
-/// The tolerance of f32 results against each other.
-const TOLERANCE: f32 = 2e-5;
+/// A way of computing a model.
+struct Way {
+    device: Device,
+    options: LoadOptions,
+    /// Tokens that a prefill processes at a time.
+    chunk: usize,
+    /// The tolerance of f32 results against each other.
+    tolerance: f32,
+}
+
+/// Plain tensors on every device, and the processor's own runtime, whose decoding takes inputs of experts as 16-bit
+/// numbers.
+fn ways() -> Vec<Way> {
+    let plain = |device| Way { device, options: f32_caches(), chunk: 512, tolerance: 2e-5 };
+    let native = Way {
+        device: Backend::Cpu.open().unwrap(),
+        options: LoadOptions { cache: Some(Float::F32), ..LoadOptions::default() },
+        chunk: 256,
+        tolerance: 1e-4,
+    };
+    devices().into_iter().map(plain).chain([native]).collect()
+}
+
+impl Way {
+    fn load(&self, name: &str) -> Model {
+        load(name, &self.options, &self.device)
+    }
+
+    #[track_caller]
+    fn assert_close(&self, found: &[f32], truth: &[f32], what: &str) {
+        assert_close(found, truth, self.tolerance, what);
+    }
+}
 
 #[track_caller]
-fn assert_close(found: &[f32], truth: &[f32], what: &str) {
+fn assert_close(found: &[f32], truth: &[f32], tolerance: f32, what: &str) {
     assert_eq!(found.len(), truth.len());
     let largest = truth.iter().fold(0.0f32, |max, value| max.max(value.abs()));
     let worst = found.iter().zip(truth).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    assert!(worst <= TOLERANCE * largest, "{what}: {worst:e} of {largest}");
+    assert!(worst <= tolerance * largest, "{what}: {worst:e} of {largest}");
     assert!(found.iter().all(|value| value.is_finite()));
 }
 
 #[test]
 fn chunks_and_single_tokens_equal_one_pass() {
-    for device in devices() {
+    for way in ways() {
         for name in ["two-blocks", "three-blocks"] {
-            let model = load(name, &f32_caches(), &device);
+            let model = way.load(name);
             let tokens = tokens(70, 1);
             let truth = whole(&model, &tokens);
             // Pieces shorter and longer than the window of 16 or 8, and ones that wrap the ring twice.
@@ -61,7 +92,7 @@ fn chunks_and_single_tokens_equal_one_pass() {
                     let start = session.tokens().len();
                     let logits = session.advance(&tokens[start..start + piece]).unwrap();
                     let end = session.tokens().len();
-                    assert_close(&read(logits).unwrap(), &truth[end - 1], &format!("{name} after {end}"));
+                    way.assert_close(&read(logits).unwrap(), &truth[end - 1], &format!("{name} after {end}"));
                 }
             }
         }
@@ -70,8 +101,8 @@ fn chunks_and_single_tokens_equal_one_pass() {
 
 #[test]
 fn a_batch_of_sequences_of_different_length_equals_each_alone() {
-    for device in devices() {
-        let model = load("two-blocks", &f32_caches(), &device);
+    for way in ways() {
+        let model = way.load("two-blocks");
         let sequences = [tokens(33, 2), tokens(1, 3), tokens(20, 4)];
         let mut caches: Vec<_> = sequences.iter().map(|_| model.new_cache()).collect();
         // A first pass over most of each, a second over the rest, in one batch each time.
@@ -88,13 +119,13 @@ fn a_batch_of_sequences_of_different_length_equals_each_alone() {
                 .map(|(cache, tokens)| Sequence { cache, tokens })
                 .collect();
             let x = model.forward(&mut batch, None).unwrap();
-            let logits = read(model.unembed(x)).unwrap();
+            let logits = read(model.unembed(x).unwrap()).unwrap();
             let mut rows = logits.chunks(model.config().vocabulary);
             for (tokens, new) in sequences.iter().zip(&parts) {
                 let truth = whole(&model, tokens);
                 let start = if part == 0 { 0 } else { cut(tokens) };
                 for truth in &truth[start..start + new.len()] {
-                    assert_close(rows.next().unwrap(), truth, "a row of the batch");
+                    way.assert_close(rows.next().unwrap(), truth, "a row of the batch");
                 }
             }
             assert!(rows.next().is_none());
@@ -104,8 +135,8 @@ fn a_batch_of_sequences_of_different_length_equals_each_alone() {
 
 #[test]
 fn going_back_to_a_snapshot_is_free_and_elsewhere_recomputes() {
-    for device in devices() {
-        let model = load("two-blocks", &f32_caches(), &device);
+    for way in ways() {
+        let model = way.load("two-blocks");
         let first = tokens(50, 5);
         let mut session = Session::new(&model);
         session.advance(&first[..30]).unwrap();
@@ -121,13 +152,13 @@ fn going_back_to_a_snapshot_is_free_and_elsewhere_recomputes() {
         let mut again = session.fork();
         let advance = session.advance_to(&second).unwrap();
         assert_eq!((advance.reused, advance.recomputed, advance.prefilled), (30, 0, 25));
-        assert_close(&read(advance.logits).unwrap(), &whole(&model, &second)[54], "after the snapshot");
+        way.assert_close(&read(advance.logits).unwrap(), &whole(&model, &second)[54], "after the snapshot");
 
         // Elsewhere: back to the snapshot, and on from there.
         let rollback = fork.rollback(41).unwrap();
         assert_eq!((rollback.len, rollback.recomputed), (41, 11));
         let logits = fork.advance(&first[41..45]).unwrap();
-        assert_close(&read(logits).unwrap(), &whole(&model, &first)[44], "after a rollback");
+        way.assert_close(&read(logits).unwrap(), &whole(&model, &first)[44], "after a rollback");
         assert_eq!(fork.tokens(), &first[..45]);
 
         // Before the snapshot: from the start.
@@ -135,66 +166,68 @@ fn going_back_to_a_snapshot_is_free_and_elsewhere_recomputes() {
         assert_eq!((rollback.len, rollback.recomputed), (7, 7));
         let advance = fork.advance_to(&first[..7]).unwrap();
         assert_eq!((advance.reused, advance.recomputed, advance.prefilled), (7, 0, 0));
-        assert_close(&read(advance.logits).unwrap(), &whole(&model, &first)[6], "the same again");
+        way.assert_close(&read(advance.logits).unwrap(), &whole(&model, &first)[6], "the same again");
         assert!(matches!(fork.rollback(8), Err(Error::Rollback { length: 8, tokens: 7 })));
 
         // Back to where the session itself was marked: its logits are there, too.
         let truth = whole(&model, &first);
         let advance = again.advance_to(&first[..30]).unwrap();
         assert_eq!((advance.reused, advance.recomputed, advance.prefilled), (30, 0, 0));
-        assert_close(&read(advance.logits).unwrap(), &truth[29], "a snapshot's logits");
+        way.assert_close(&read(advance.logits).unwrap(), &truth[29], "a snapshot's logits");
         assert_eq!(again.tokens(), &first[..30]);
 
         // What the fork did has not touched the session.
         let logits = session.advance(&[9]).unwrap();
         second.push(9);
-        assert_close(&read(logits).unwrap(), &whole(&model, &second)[55], "the session beside its fork");
+        way.assert_close(&read(logits).unwrap(), &whole(&model, &second)[55], "the session beside its fork");
     }
 }
 
 #[test]
 fn forks_share_the_past_and_go_their_own_ways() {
-    let device = &devices()[0];
-    let model = load("four-blocks", &f32_caches(), device);
-    let past = tokens(40, 7);
-    let mut session = Session::new(&model);
-    session.advance(&past).unwrap();
-    let mut forks: Vec<_> = (0..3).map(|_| session.fork()).collect();
-    // Interleaved, so that one that wrote into another's buffers would be seen.
-    for step in 0..20 {
-        for (index, fork) in forks.iter_mut().enumerate() {
-            let logits = fork.advance(&[(step * 7 + index as u32 * 50) % 256]).unwrap();
-            let truth = whole(&model, fork.tokens());
-            assert_close(&read(logits).unwrap(), truth.last().unwrap(), "a fork");
+    for way in ways() {
+        let model = way.load("four-blocks");
+        let past = tokens(40, 7);
+        let mut session = Session::new(&model);
+        session.advance(&past).unwrap();
+        let mut forks: Vec<_> = (0..3).map(|_| session.fork()).collect();
+        // Interleaved, so that one that wrote into another's buffers would be seen.
+        for step in 0..20 {
+            for (index, fork) in forks.iter_mut().enumerate() {
+                let logits = fork.advance(&[(step * 7 + index as u32 * 50) % 256]).unwrap();
+                let truth = whole(&model, fork.tokens());
+                way.assert_close(&read(logits).unwrap(), truth.last().unwrap(), "a fork");
+            }
         }
     }
 }
 
 #[test]
 fn a_session_states_its_limits() {
-    let device = &devices()[0];
-    let options = LoadOptions { context: Some(20), ..f32_caches() };
-    let model = load("two-blocks", &options, device);
-    let mut session = Session::new(&model);
-    assert!(matches!(session.advance(&[]), Err(engine::Error::Length { length: 0, .. })));
-    assert!(matches!(
-        session.advance(&tokens(21, 8)),
-        Err(engine::Error::Length { length: 21, context: 20 })
-    ));
-    let outside = model.config().vocabulary as u32;
-    assert!(matches!(session.advance(&[1, outside]), Err(engine::Error::Token { position: 1, .. })));
-    assert!(session.tokens().is_empty());
-    session.advance(&tokens(20, 8)).unwrap();
-    assert_eq!(session.room(), 0);
-    assert!(session.advance(&[1]).is_err());
-    assert!(matches!(model.forward(&mut [], None), Err(Error::Length { length: 0, .. })));
-    assert!(session.advance_to(&tokens(20, 8)).is_ok());
+    for way in ways() {
+        let options = LoadOptions { context: Some(20), ..way.options.clone() };
+        let model = load("two-blocks", &options, &way.device);
+        let mut session = Session::new(&model);
+        assert!(matches!(session.advance(&[]), Err(engine::Error::Length { length: 0, .. })));
+        assert!(matches!(
+            session.advance(&tokens(21, 8)),
+            Err(engine::Error::Length { length: 21, context: 20 })
+        ));
+        let outside = model.config().vocabulary as u32;
+        assert!(matches!(session.advance(&[1, outside]), Err(engine::Error::Token { position: 1, .. })));
+        assert!(session.tokens().is_empty());
+        session.advance(&tokens(20, 8)).unwrap();
+        assert_eq!(session.room(), 0);
+        assert!(session.advance(&[1]).is_err());
+        assert!(matches!(model.forward(&mut [], None), Err(Error::Length { length: 0, .. })));
+        assert!(session.advance_to(&tokens(20, 8)).is_ok());
+    }
 }
 
 #[test]
 fn a_prefill_that_is_ended_goes_on_where_it_was() {
-    for device in devices() {
-        let model = load("two-blocks", &f32_caches(), &device);
+    for way in ways() {
+        let model = way.load("two-blocks");
         let tokens = tokens(1100, 3);
         let truth = read(model.prefill(&mut model.new_cache(), &tokens).unwrap()).unwrap();
         let mut session = Session::new(&model);
@@ -204,44 +237,47 @@ fn a_prefill_that_is_ended_goes_on_where_it_was() {
             if done < 1024 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
         assert!(ended.unwrap().is_none());
-        assert_eq!((seen.as_slice(), session.tokens()), ([0, 512, 1024].as_slice(), &tokens[..1024]));
+        let chunks: Vec<usize> = (0..=1024).step_by(way.chunk).collect();
+        assert_eq!((seen, session.tokens()), (chunks, &tokens[..1024]));
         // What was ended has no logits; the last token is computed again, from the only snapshot that there is.
         let advance = session.fork().advance_to(&tokens[..1024]).unwrap();
         assert_eq!((advance.reused, advance.recomputed, advance.prefilled), (0, 1023, 1));
         let advance = session.advance_to(&tokens).unwrap();
         assert_eq!((advance.reused, advance.recomputed, advance.prefilled), (1024, 0, 76));
-        assert_close(&read(advance.logits).unwrap(), &truth, "in two goes");
+        way.assert_close(&read(advance.logits).unwrap(), &truth, "in two goes");
     }
 }
 
 #[test]
 fn old_snapshots_can_be_dropped() {
-    let device = &devices()[0];
-    let model = load("two-blocks", &f32_caches(), device);
-    let tokens = tokens(60, 4);
-    let mut session = Session::new(&model);
-    for piece in tokens.chunks(10) {
-        session.advance(piece).unwrap();
-        session.snapshot();
+    for way in ways() {
+        let model = way.load("two-blocks");
+        let tokens = tokens(60, 4);
+        let mut session = Session::new(&model);
+        for piece in tokens.chunks(10) {
+            session.advance(piece).unwrap();
+            session.snapshot();
+        }
+        session.keep_snapshots(2);
+        assert_eq!(session.snapshots().collect::<Vec<_>>(), [0, 50, 60]);
+        assert_eq!(session.fork().rollback(55).unwrap().recomputed, 5);
+        assert_eq!(session.rollback(30).unwrap().recomputed, 30);
+        session.keep_snapshots(0);
+        assert_eq!(session.snapshots().collect::<Vec<_>>(), [0]);
     }
-    session.keep_snapshots(2);
-    assert_eq!(session.snapshots().collect::<Vec<_>>(), [0, 50, 60]);
-    assert_eq!(session.fork().rollback(55).unwrap().recomputed, 5);
-    assert_eq!(session.rollback(30).unwrap().recomputed, 30);
-    session.keep_snapshots(0);
-    assert_eq!(session.snapshots().collect::<Vec<_>>(), [0]);
 }
 
 #[test]
 fn half_precision_caches_stay_close() {
-    for device in devices() {
-        let model = load("two-blocks", &f32_caches(), &device);
+    for way in ways() {
+        let device = &way.device;
+        let model = way.load("two-blocks");
         let tokens = tokens(48, 9);
         let truth = whole(&model, &tokens);
         let types = [(Float::F16, 3e-3f32), (Float::Bf16, 3e-2)];
         for (cache, tolerance) in types.into_iter().filter(|(float, _)| device.supports(*float)) {
-            let options = LoadOptions { cache: Some(cache), ..f32_caches() };
-            let model = load("two-blocks", &options, &device);
+            let options = LoadOptions { cache: Some(cache), ..way.options.clone() };
+            let model = load("two-blocks", &options, device);
             let mut session = Session::new(&model);
             session.advance(&tokens[..20]).unwrap();
             let logits = read(session.advance(&tokens[20..]).unwrap()).unwrap();

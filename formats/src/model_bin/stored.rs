@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::header::ModelHeader;
 use super::layout::{self, Payload, PieceId};
@@ -17,16 +18,18 @@ use crate::violation::{Error, Result};
 use crate::vocabulary::Vocabulary;
 
 /// A model in which no rule is broken, as the bytes that a `model.bin` of it stores: rows of Q and K interleaved and
-/// scaled, MXFP4 scales with their offset. There is no other way to make one than to verify a container.
+/// scaled, MXFP4 scales with their offset. There is no other way to make one than to verify a container. Clones share it.
+#[derive(Clone)]
 pub struct Stored {
     path: PathBuf,
     container: Container,
     inner: Inner,
 }
 
+#[derive(Clone)]
 enum Inner {
-    File(Box<Verified>),
-    Source { source: Box<dyn Source>, plan: Box<layout::File> },
+    File(Arc<Verified>),
+    Source { source: Arc<dyn Source>, plan: Arc<layout::File> },
 }
 
 /// How [`Stored::open`] treats a container.
@@ -55,16 +58,26 @@ impl Stored {
     pub fn open(path: &Path, options: &StoredOptions, progress: &dyn Progress) -> Result<Stored> {
         let container = Container::detect(path)?;
         let inner = match container {
-            Container::ModelBin => Inner::File(Box::new(Verified::open(path, options.depth, progress)?)),
+            Container::ModelBin => Inner::File(Arc::new(Verified::open(path, options.depth, progress)?)),
             Container::Checkpoint | Container::Gguf => {
                 let source =
                     container::open(path, options.vocabulary.as_deref(), options.quantize, progress)?;
-                let plan = Box::new(write::plan(source.as_ref())?);
+                let plan = Arc::new(write::plan(source.as_ref())?);
                 source.check_values(progress)?;
-                Inner::Source { source, plan }
+                Inner::Source { source: source.into(), plan }
             }
         };
         Ok(Stored { path: path.into(), container, inner })
+    }
+
+    /// A model that is in no container, such as one of computed weights. `name` stands for its path.
+    ///
+    /// # Errors
+    /// Where the source's header allows no layout.
+    pub fn of_source(source: Box<dyn Source>, name: &str) -> Result<Stored> {
+        let plan = Arc::new(write::plan(source.as_ref())?);
+        let inner = Inner::Source { source: source.into(), plan };
+        Ok(Stored { path: name.into(), container: Container::Checkpoint, inner })
     }
 
     /// Where the model is.

@@ -81,16 +81,20 @@ pub struct DeviceOptions {
     /// Who computes.
     #[arg(long, value_parser = backends(), default_value_t = Backend::Cpu)]
     pub backend: Backend,
+    /// Compute with plain tensor operations, the reference, also where there is a faster runtime (cpu); so do
+    /// --activations, --weights and --dequantize.
+    #[arg(long)]
+    pub plain_tensors: bool,
     /// Decode the experts while loading instead of computing with packed MXFP4: the baseline of comparisons.
     #[arg(long)]
     pub dequantize: bool,
-    /// Type of the factors of products [default: bf16 with cuda, otherwise f32].
+    /// Type of the factors of products of plain tensors [default: bf16 with cuda, otherwise f32].
     #[arg(long, value_parser = floats(), value_name = "TYPE")]
     pub activations: Option<Float>,
     /// Type of the matrices that are not MXFP4 [default: that of the activations].
     #[arg(long, value_parser = floats(), value_name = "TYPE")]
     pub weights: Option<Float>,
-    /// Type of cached keys and values [default: f32 with cpu, otherwise f16].
+    /// Type of cached keys and values [default: f16; f32 with cpu and --plain-tensors].
     #[arg(long, value_parser = floats(), value_name = "TYPE")]
     pub cache: Option<Float>,
     /// Longest sequence in tokens [default: the model's].
@@ -105,6 +109,7 @@ impl DeviceOptions {
     /// These flags as the library takes them.
     pub fn load_options(&self) -> LoadOptions {
         LoadOptions {
+            plain_tensors: self.plain_tensors,
             activations: self.activations,
             weights: self.weights,
             cache: self.cache,
