@@ -1,16 +1,19 @@
 //! `bench`: how fast a model loads, reads and writes here.
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
+use clap::ValueHint;
 use engine::error::Bytes;
 use engine::gpt_oss::{Model, Request, Residency, Session, generate};
-use engine::sampling;
+use engine::{sampling, synthetic};
 use formats::command::{Console, Outcome};
+use formats::model_bin::header::ModelHeader;
 use serde::Serialize;
 
-use crate::options::{DeviceOptions, ModelOptions};
+use crate::options::{DeviceOptions, StoredFlags};
 use crate::view::rate;
 
 #[derive(clap::Args)]
@@ -24,8 +27,14 @@ pub struct Arguments {
     /// Measurements of each length, after one that does not count; their median is reported.
     #[arg(long, value_name = "N", default_value_t = 3)]
     runs: usize,
+    /// A model.bin, a SafeTensors folder or a GGUF file; without it, random weights in the shapes of gpt-oss-20b.
+    #[arg(long, short, value_name = "PATH", value_hint = ValueHint::AnyPath)]
+    model: Option<PathBuf>,
+    /// Blocks of the random model, of which gpt-oss-20b has 24.
+    #[arg(long, value_name = "N", default_value_t = synthetic::GPT_OSS_20B.num_blocks, conflicts_with = "model")]
+    blocks: u32,
     #[command(flatten)]
-    model: ModelOptions,
+    stored: StoredFlags,
     #[command(flatten)]
     device: DeviceOptions,
 }
@@ -46,7 +55,10 @@ struct Row {
 pub fn bench(console: &Console, arguments: &Arguments) -> Result<Outcome> {
     ensure!(arguments.runs > 0, "--runs: found 0, needed 1 at least");
     ensure!(arguments.generate > 1, "--generate: found {}, needed 2 at least", arguments.generate);
-    let stored = arguments.model.open(console)?;
+    let stored = match &arguments.model {
+        Some(path) => arguments.stored.open(path, console)?,
+        None => synthetic::stored(ModelHeader { num_blocks: arguments.blocks, ..synthetic::GPT_OSS_20B })?,
+    };
     let device = arguments.device.backend.open()?;
     let residency = Residency::plan(&stored, &arguments.device.load_options(), &device)?;
     for prompt in &arguments.prompt {
