@@ -5,8 +5,10 @@
 //! ```text
 //!                 backend      a device, chosen at run time: processor, wgpu, CUDA
 //!                    │
-//!   kernels ───────► nn        building blocks: attention, caches, RoPE, MXFP4 layers, experts
-//!                    │
+//!   kernels ───────► nn        building blocks of plain tensors: attention, caches, RoPE, MXFP4 layers, experts
+//!        │           │
+//!        └─► gpu     │  native   runtimes of their own: GPUs (not yet behind gpt_oss), the processor
+//!                    │   │
 //!   formats ───► gpt_oss       loading, the model, sessions, generation ◄─── sampling
 //!                    │
 //!                 harmony      conversations ⇄ tokens
@@ -18,8 +20,9 @@
 //! |---|---|
 //! | [`error`], [`backend`] | nothing |
 //! | [`kernels`] | `formats` for the decoding of MXFP4 on the processor |
+//! | [`native`], [`gpu`] | `formats`, [`gpt_oss::Config`], [`kernels`] |
 //! | [`nn`] | [`kernels`], [`backend`] |
-//! | [`gpt_oss`] | [`nn`], [`sampling`], `formats` |
+//! | [`gpt_oss`] | [`nn`], [`native`], [`sampling`], `formats` |
 //! | [`harmony`] | `formats` for the vocabulary, the crate `openai-harmony` |
 //! | [`demo`], [`selftest`] | [`gpt_oss`], and the files of `fixtures` that they embed |
 //!
@@ -31,6 +34,8 @@ pub mod backend;
 pub mod demo;
 pub mod error;
 pub mod gpt_oss;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub mod gpu;
 pub mod harmony;
 pub mod kernels;
 pub mod native;

@@ -3,6 +3,8 @@
 mod config;
 mod devices;
 mod generate;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod gpu;
 mod native;
 mod nn;
 mod numerics;

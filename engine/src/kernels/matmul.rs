@@ -1,0 +1,112 @@
+//! A dense layer for many tokens: `y = [y +] W·x [+ b]`, with the tiles of [`super::tile`].
+
+use cubecl::client::Client;
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+
+use super::group::U4;
+use super::tile::{Tile, place, product};
+
+/// The sizes and parts of a dense layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Matmul {
+    /// Outputs, a multiple of 8.
+    pub rows: usize,
+    /// Inputs, a multiple of 32.
+    pub columns: usize,
+    /// Whether a bias is added.
+    pub bias: bool,
+    /// Whether the result is added to what is there.
+    pub residual: bool,
+}
+
+/// The buffers of a dense layer.
+pub struct Buffers<'a> {
+    /// bf16 `[rows, columns]`.
+    pub weights: &'a Handle,
+    /// f32 `[rows]`; any buffer where there is no bias.
+    pub bias: &'a Handle,
+    /// `[tokens, columns]` in the words of [`super::method::Method`].
+    pub x: &'a Handle,
+    /// f32 `[tokens, rows]`.
+    pub y: &'a Handle,
+}
+
+/// Computes `tokens` rows of `y`.
+pub fn launch(client: &Client, matmul: Matmul, tokens: usize, buffers: &Buffers<'_>) {
+    let tile = Tile::dense(client, matmul.columns, matmul.rows, tokens);
+    launch_tiled(client, matmul, tokens, buffers, tile);
+}
+
+/// [`launch`] with a tile of one's choice.
+pub(crate) fn launch_tiled(
+    client: &Client,
+    matmul: Matmul,
+    tokens: usize,
+    buffers: &Buffers<'_>,
+    tile: Tile,
+) {
+    let Matmul { rows, columns, bias, .. } = matmul;
+    // SAFETY: lengths are those of the buffers by the caller's contract; what lies past the last token or row is read from
+    // those and not written.
+    unsafe {
+        matmul_kernel::launch_unchecked(
+            client,
+            CubeCount::Static(rows.div_ceil(tile.rows()) as u32, tokens.div_ceil(tile.tokens) as u32, 1),
+            tile.cube_dim(),
+            BufferArg::from_raw_parts(buffers.weights.clone(), rows * columns / 8),
+            BufferArg::from_raw_parts(buffers.bias.clone(), if bias { rows } else { 1 }),
+            BufferArg::from_raw_parts(buffers.x.clone(), tokens * tile.method.words(columns) / 4),
+            BufferArg::from_raw_parts(buffers.y.clone(), tokens * rows / 2),
+            tokens,
+            tile.chunks(),
+            matmul,
+            tile,
+        );
+    }
+}
+
+#[cube(launch_unchecked)]
+pub(crate) fn matmul_kernel(
+    weights: &[U4],
+    bias: &[f32],
+    x: &[U4],
+    y: &mut [Vector<f32, Const<2>>],
+    tokens: usize,
+    chunks: usize,
+    #[comptime] matmul: Matmul,
+    #[comptime] tile: Tile,
+) {
+    let first_row = CUBE_POS_X as usize * comptime!(tile.rows());
+    let first_token = CUBE_POS_Y as usize * comptime!(tile.tokens);
+    let mut sources = Shared::<[u32]>::new_slice(comptime!(tile.tokens));
+    let mut row = UNIT_POS as usize;
+    while row < comptime!(tile.tokens) {
+        let token = first_token + row;
+        sources[row] = select(token < tokens, token, tokens - 1) as u32;
+        row += comptime!(tile.units());
+    }
+    sync_cube();
+    let mut sums = Array::<f32>::new(comptime!(2 * tile.pairs()));
+    // There are no scales: any words do.
+    product(weights, &sources, x, &sources, &mut sums, 0usize, first_row, chunks, tile);
+    #[unroll]
+    for pair in 0..comptime!(tile.pairs()) {
+        let (token, row) = place(pair, tile);
+        let (token, row) = (first_token + token, first_row + row);
+        if token < tokens && row < comptime!(matmul.rows) {
+            let mut both = Vector::<f32, Const<2>>::empty();
+            both.insert(0usize, sums[2 * pair]);
+            both.insert(1usize, sums[2 * pair + 1]);
+            if comptime!(matmul.bias) {
+                both.insert(0usize, both.extract(0usize) + bias[row]);
+                both.insert(1usize, both.extract(1usize) + bias[row + 1]);
+            }
+            let at = token * comptime!(matmul.rows / 2) + row / 2;
+            if comptime!(matmul.residual) {
+                both += y[at];
+            }
+            y[at] = both;
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! The runtime of GPUs against traces of the genuine module (fixtures/gpt-oss) and against itself.
+
+use engine::gpt_oss::Config;
+use engine::gpu::{Cache, Model};
+use formats::model_bin::{Stored, StoredOptions};
+
+use crate::trace::{CASES, Reference, fixture, l2_error, largest_error};
+
+/// A GPU, in software where there is none; with CI=true it must be there.
+fn clients() -> Vec<cubecl::client::Client> {
+    let devices = [
+        cubecl::Device::wgpu(Default::default()),
+        #[cfg(feature = "cuda")]
+        cubecl::Device::cuda(0),
+    ];
+    let found: Vec<_> = devices.into_iter().filter_map(Result::ok).map(|device| device.client()).collect();
+    assert!(!found.is_empty() || std::env::var_os("CI").is_none(), "no device");
+    found
+}
+
+fn load(name: &str, client: &cubecl::client::Client) -> Model {
+    let stored = Stored::open(&fixture(name), &StoredOptions::default(), &()).unwrap();
+    let config = Config::new(stored.header(), stored.dims()).unwrap();
+    let context = config.context_length.min(4096);
+    Model::load(&stored, &config, context, client.clone(), &()).unwrap()
+}
+
+/// Keys and values are f16: errors stay below those of the genuine module in bf16, far below in most.
+#[track_caller]
+fn assert_close(name: &str, what: &str, found: &[f32], truth: &[f64]) {
+    let genuine = *Reference::open(name).values("bf16.errors").last().unwrap();
+    let error = l2_error(found, truth);
+    assert!(error <= 0.2 * genuine, "{name}, {what}: {error:e}, genuine {genuine:e}");
+    let largest = largest_error(found, truth);
+    assert!(largest <= 2e-3, "{name}, {what}: {largest:e}");
+}
+
+#[test]
+fn steps_and_prefills_agree_with_the_genuine_module() {
+    for client in clients() {
+        for name in CASES {
+            let model = load(name, &client);
+            let reference = Reference::open(name);
+            let (tokens, truth) = (reference.tokens(), reference.values("logits"));
+            let rows: Vec<&[f64]> = truth.chunks(truth.len() / tokens.len()).collect();
+            let mut cache = model.new_cache();
+            let mut logits = Vec::new();
+            for &token in &tokens {
+                logits.extend(model.step(&mut [(&mut cache, token)]).unwrap());
+            }
+            assert_close(name, "token by token", &logits, &truth);
+            for chunk in [tokens.len(), 7] {
+                let mut cache = model.new_cache();
+                for (index, part) in tokens.chunks(chunk).enumerate() {
+                    let logits = model.prefill(&mut cache, part).unwrap();
+                    let last = (index * chunk + part.len()).min(tokens.len()) - 1;
+                    assert_close(name, &format!("chunks of {chunk}, token {last}"), &logits, rows[last]);
+                }
+                assert_eq!(cache.len(), tokens.len());
+            }
+        }
+    }
+}
+
+/// More sequences and longer ones than the first pages hold; snapshots that go their own ways.
+#[test]
+fn sequences_share_pages_and_do_not_disturb_each_other() {
+    for client in clients() {
+        let model = load("long", &client);
+        let tokens = |seed: u32, count: u32| -> Vec<u32> {
+            (0..count).map(|i| (i * i * 7 + i * 31 + seed * 101) % 256).collect()
+        };
+        let alone = |tokens: &[u32]| model.prefill(&mut model.new_cache(), tokens).unwrap();
+        let mut caches: Vec<Cache> = (0..6).map(|_| model.new_cache()).collect();
+        let prompts: Vec<Vec<u32>> = (0..6).map(|seed| tokens(seed, 90 + 20 * seed)).collect();
+        for (cache, prompt) in caches.iter_mut().zip(&prompts) {
+            model.prefill(cache, prompt).unwrap();
+        }
+        let snapshots = caches.clone();
+        let mut texts = prompts.clone();
+        for round in 0..3 {
+            // The second and third rounds go on from the snapshots, other tokens each time.
+            caches.clone_from_slice(&snapshots);
+            texts.clone_from_slice(&prompts);
+            for step in 0..40 {
+                let next: Vec<u32> = (0..6).map(|index| (step * 13 + index * 29 + round * 7) % 256).collect();
+                let mut batch: Vec<_> = caches.iter_mut().zip(next.iter().copied()).collect();
+                let logits = model.step(&mut batch).unwrap();
+                texts.iter_mut().zip(&next).for_each(|(text, token)| text.push(*token));
+                if step % 13 == 0 {
+                    for (logits, text) in logits.chunks(model.config().vocabulary).zip(&texts) {
+                        let truth: Vec<f64> = alone(text).into_iter().map(f64::from).collect();
+                        let error = largest_error(logits, &truth);
+                        assert!(
+                            error <= 2e-3,
+                            "round {round}, step {step}, {} tokens: {error:e}",
+                            text.len()
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_graph_chooses_the_largest_logit() {
+    for client in clients() {
+        for name in ["three-blocks", "four-blocks"] {
+            let model = load(name, &client);
+            let tokens = Reference::open(name).tokens();
+            let mut cache = model.new_cache();
+            model.prefill(&mut cache, &tokens[..8]).unwrap();
+            let mut other = cache.clone();
+            let mut last = tokens[8];
+            let chosen = model.generate(&mut [(&mut cache, last)], 150).unwrap().remove(0);
+            assert_eq!((chosen.len(), cache.len()), (150, 158));
+            for token in chosen {
+                let logits = model.step(&mut [(&mut other, last)]).unwrap();
+                let largest = logits.iter().copied().fold(f32::MIN, f32::max);
+                // The first of equals.
+                last = logits.iter().position(|&logit| logit == largest).unwrap() as u32;
+                assert_eq!(token, last, "{name}");
+            }
+        }
+    }
+}
