@@ -3,7 +3,7 @@
 //! | runtime | where | what it computes with |
 //! |---|---|---|
 //! | [`crate::native`] | processor | weights as they lie in the file, vector instructions |
-//! | [`plain`] | everywhere | Burn's tensor operations in any types: the reference |
+//! | `plain` | everywhere | Burn's tensor operations in any types: the reference |
 
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;

@@ -10,10 +10,10 @@
 //!   └ argmax ─► tokens, positions + 1
 //! ```
 //!
-//! A prefill is as many kernels for a chunk of tokens ([`prefill`]), started one by one.
+//! A prefill is as many kernels for a chunk of tokens (`prefill`), started one by one.
 //!
 //! Every buffer keeps its address, so a graph is recorded once for a batch size and a number of splits of attention, and replayed
-//! for every token. [`pages`] has the caches.
+//! for every token. `pages` has the caches.
 
 mod pages;
 mod prefill;

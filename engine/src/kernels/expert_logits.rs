@@ -1,7 +1,7 @@
 //! The router's logits of many tokens, in f32 throughout: the selection that follows is a step function.
 //!
-//! A cube has [`TOKENS`] tokens and [`EXPERTS`] experts, and takes [`QUADS`] quads of columns at a time through shared memory,
-//! reading the next ones meanwhile. RMSNorm is fused as in [`super::dense`].
+//! A cube has `TOKENS` tokens and `EXPERTS` experts, and takes `QUADS` quads of columns at a time through shared memory,
+//! reading the next ones meanwhile. RMSNorm is fused as in `dense`.
 
 use cubecl::client::Client;
 use cubecl::prelude::*;

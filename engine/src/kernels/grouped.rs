@@ -1,4 +1,4 @@
-//! The selected experts of many tokens: products of sorted pairs with MXFP4 matrices, with the tiles of [`super::tile`].
+//! The selected experts of many tokens: products of sorted pairs with MXFP4 matrices, with the tiles of `tile`.
 //!
 //! ```text
 //! x ─► gate_up, SwiGLU ─► hidden (in the order of pairs)

@@ -1,4 +1,4 @@
-//! A dense layer for many tokens: `y = [y +] W·x [+ b]`, with the tiles of [`super::tile`].
+//! A dense layer for many tokens: `y = [y +] W·x [+ b]`, with the tiles of `tile`.
 
 use cubecl::client::Client;
 use cubecl::prelude::*;
