@@ -2,7 +2,7 @@
 //!
 //! A cube computes one logit of one token. What the selected experts multiply, the normalised input, is computed here once and
 //! written by all cubes together. The selection itself costs less than starting a kernel for it, so that the cubes which need
-//! it repeat it ([`select_expert`]).
+//! it repeat it (`select_expert`).
 
 use cubecl::client::Client;
 use cubecl::prelude::*;
@@ -38,7 +38,7 @@ pub struct Buffers<'a> {
     pub bias: &'a Handle,
     /// f32 `[tokens, experts]`: the logits.
     pub logits: &'a Handle,
-    /// f32 `[tokens, columns]`: the normalised input, in [`transposed`] order.
+    /// f32 `[tokens, columns]`: the normalised input, in the order of `transposed`.
     pub normed: &'a Handle,
 }
 
