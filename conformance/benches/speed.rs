@@ -15,8 +15,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use conformance::synthetic::{GPT_OSS_20B, Synthetic};
+use conformance::synthetic::Synthetic;
 use fixtures::checkpoint::{Form, Layout, Spec, write};
+use formats::model_bin::header::ModelHeader;
 use formats::model_bin::verify::verify;
 use formats::model_bin::write::plan;
 use formats::model_bin::{Depth, Verified};
@@ -125,7 +126,7 @@ fn decode() {
 
 /// A sparse file of the true 20b layout.
 fn structure(folder: &Path) -> Result<()> {
-    let model = Synthetic::new(GPT_OSS_20B, Vocabulary::o200k().clone(), 0)?;
+    let model = Synthetic::new(ModelHeader::GPT_OSS_20B, Vocabulary::o200k().clone(), 0)?;
     let file = plan(&model)?;
     let path = folder.join("sparse.bin");
     let mut prefix = std::io::Cursor::new(Vec::new());

@@ -18,27 +18,6 @@ pub struct Synthetic {
     seed: u64,
 }
 
-/// The header of the released 20b model.
-pub const GPT_OSS_20B: ModelHeader = ModelHeader {
-    context_length: 131072,
-    num_blocks: 24,
-    num_experts: 32,
-    num_active_experts: 4,
-    embedding_dim: 2880,
-    mlp_dim: 2880,
-    swiglu_limit: 7.0,
-    head_dim: 64,
-    num_heads: 64,
-    num_kv_heads: 8,
-    attention_window: 128,
-    rope_theta: 150_000.0,
-    interpolation_scale: 1.0 / 32.0,
-    yarn_offset: f32::from_bits(0xbf5e_a4b6),
-    yarn_scale: f32::from_bits(0x3ddc_1746),
-    yarn_multiplier: f32::from_bits(0x3fac_5c86),
-    rmsnorm_epsilon: 1e-5,
-};
-
 impl Synthetic {
     /// A model with this header and vocabulary.
     ///

@@ -137,16 +137,6 @@ impl Float {
     }
 }
 
-impl From<Float> for crate::native::Element {
-    fn from(float: Float) -> crate::native::Element {
-        match float {
-            Float::F32 => crate::native::Element::F32,
-            Float::F16 => crate::native::Element::F16,
-            Float::Bf16 => crate::native::Element::Bf16,
-        }
-    }
-}
-
 impl From<Float> for DType {
     fn from(float: Float) -> DType {
         float.dtype().into()

@@ -59,11 +59,12 @@ fn exports_have_the_genuine_digests() {
 /// The whole 20b layout, 13.7 GB of it sparse: header and vocabulary are real, the weights are a hole.
 #[test]
 fn a_sparse_file_of_the_released_layout_passes_structure_verification() {
-    use conformance::synthetic::{GPT_OSS_20B, Synthetic};
+    use conformance::synthetic::Synthetic;
+    use formats::model_bin::header::ModelHeader;
     use formats::model_bin::{Depth, Verified};
     use formats::vocabulary::Vocabulary;
 
-    let model = Synthetic::new(GPT_OSS_20B, Vocabulary::o200k().clone(), 0).unwrap();
+    let model = Synthetic::new(ModelHeader::GPT_OSS_20B, Vocabulary::o200k().clone(), 0).unwrap();
     let file = write::plan(&model).unwrap();
     let mut prefix = std::io::Cursor::new(Vec::new());
     let payload = write::SourcePayload::new(&model, &());

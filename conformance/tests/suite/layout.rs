@@ -3,7 +3,7 @@
 use binrw::BinRead;
 use conformance::cases::BASE;
 use conformance::oracle::oracle;
-use conformance::synthetic::{GPT_OSS_20B, Synthetic};
+use conformance::synthetic::Synthetic;
 use formats::model_bin::header::{HEAD_LEN, Head, ModelHeader, TokenizerHeader, Uuid};
 use formats::model_bin::layout::{File, Tensor};
 use formats::model_bin::section::{SectionMap, head_fields};
@@ -44,7 +44,7 @@ fn established_offsets_of_a_genuine_file() {
         mlp_dim: 64,
         num_heads: 2,
         num_kv_heads: 1,
-        ..GPT_OSS_20B
+        ..ModelHeader::GPT_OSS_20B
     };
     let file = plan(&Synthetic::new(header, Vocabulary::o200k().clone(), 0).unwrap()).unwrap();
     let starts: Vec<u64> = file.weights.tensors().map(|tensor| tensor.range.start).collect();
@@ -67,7 +67,7 @@ fn established_sizes_of_the_released_models() {
         (24, 32, 13_750_886_400, 3_585_081_344, 423_575_552),
         (36, 128, 65_238_253_568, 4_244_553_728, 1_694_269_440),
     ] {
-        let header = ModelHeader { num_blocks: blocks, num_experts: experts, ..GPT_OSS_20B };
+        let header = ModelHeader { num_blocks: blocks, num_experts: experts, ..ModelHeader::GPT_OSS_20B };
         let file = plan(&Synthetic::new(header, Vocabulary::o200k().clone(), 0).unwrap()).unwrap();
         assert_eq!(file.weights.end(), len);
         let starts: Vec<u64> =
@@ -176,7 +176,7 @@ proptest! {
         group in 1u32..9,
     ) {
         let header = ModelHeader {
-            num_blocks, num_experts, embedding_dim, mlp_dim, num_kv_heads, num_heads: num_kv_heads * group, ..GPT_OSS_20B
+            num_blocks, num_experts, embedding_dim, mlp_dim, num_kv_heads, num_heads: num_kv_heads * group, ..ModelHeader::GPT_OSS_20B
         };
         let file = plan(&Synthetic::new(header, fixtures::vocabulary::small(), 0).unwrap()).unwrap();
         let mut bytes = std::io::Cursor::new(Vec::new());

@@ -4,7 +4,7 @@ use std::io::Cursor;
 use std::path::Path;
 
 use binrw::BinRead;
-use conformance::synthetic::{GPT_OSS_20B, Synthetic};
+use conformance::synthetic::Synthetic;
 use formats::canonical::Source;
 use formats::compare;
 use formats::model_bin::header::ModelHeader;
@@ -36,7 +36,7 @@ prop_compose! {
             num_heads: num_kv_heads * group,
             context_length,
             attention_window,
-            ..GPT_OSS_20B
+            ..ModelHeader::GPT_OSS_20B
         };
         Synthetic::new(header, fixtures::vocabulary::small(), seed).unwrap()
     }

@@ -86,6 +86,18 @@ impl Config {
         Ok(config)
     }
 
+    /// Refuses tokens outside the vocabulary.
+    ///
+    /// # Errors
+    /// [`Error::Token`] with the first of them.
+    pub fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        let vocabulary = self.vocabulary;
+        match tokens.iter().position(|&token| token as usize >= vocabulary) {
+            Some(position) => Err(Error::Token { token: tokens[position], position, vocabulary }),
+            None => Ok(()),
+        }
+    }
+
     /// The window of a block: even blocks have one.
     pub fn window(&self, block: usize) -> Option<usize> {
         block.is_multiple_of(2).then_some(self.attention_window)

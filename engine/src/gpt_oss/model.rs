@@ -91,7 +91,7 @@ impl Model {
             Types::Native { cache, context } => {
                 let options = native::Options {
                     context: Some(context),
-                    cache: Some(cache.into()),
+                    cache: Some(cache),
                     ..native::Options::default()
                 };
                 let model = native::Model::new(Arc::new(stored.clone()), config.clone(), &options)?;
@@ -135,7 +135,7 @@ impl Model {
     /// empty or exceeds the context, [`Error::Cache`] for a cache of another runtime. Nothing has changed then.
     pub fn forward(&self, batch: &mut [Sequence<'_>], trace: Option<&mut Trace>) -> Result<Tensor<2>> {
         for sequence in batch.iter() {
-            self.check_tokens(sequence.tokens)?;
+            self.config.check_tokens(sequence.tokens)?;
             sequence.cache.next(sequence.tokens.len())?;
         }
         if batch.is_empty() {
@@ -196,14 +196,6 @@ impl Model {
         }
     }
 
-    pub(super) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
-        let vocabulary = self.config.vocabulary;
-        match tokens.iter().position(|&token| token as usize >= vocabulary) {
-            Some(position) => Err(Error::Token { token: tokens[position], position, vocabulary }),
-            None => Ok(()),
-        }
-    }
-
     /// Logits of normalised rows: f32 `[rows, embedding_dim]` → f32 `[rows, vocabulary]`.
     ///
     /// # Errors
@@ -224,7 +216,7 @@ impl Model {
     fn chunk(&self) -> usize {
         match self.runtime {
             Runtime::Plain(_) => 512,
-            Runtime::Native(_) => 256,
+            Runtime::Native(_) => native::PREFILL,
         }
     }
 
@@ -246,7 +238,7 @@ impl Model {
         tokens: &[u32],
         goes_on: &mut dyn FnMut(usize) -> Result<ControlFlow<()>>,
     ) -> Result<Option<Tensor<1>>> {
-        self.check_tokens(tokens)?;
+        self.config.check_tokens(tokens)?;
         cache.next(tokens.len())?;
         let mut last = None;
         for chunk in tokens.chunks(self.chunk()) {
@@ -269,7 +261,7 @@ impl Model {
         tokens: &[u32],
         mut each: impl FnMut(Range<usize>, Vec<f32>) -> Result<(), E>,
     ) -> Result<(), E> {
-        self.check_tokens(tokens)?;
+        self.config.check_tokens(tokens)?;
         let mut cache = self.new_cache();
         cache.next(tokens.len())?;
         // Rows of 200,000 logits: 32 of them are 26 MB.

@@ -170,7 +170,7 @@ impl<'m> Session<'m> {
         if tokens.is_empty() || tokens.len() > context {
             return Err(Error::Length { length: tokens.len(), context });
         }
-        self.model.check_tokens(tokens)?;
+        self.model.config().check_tokens(tokens)?;
         let common = self.tokens.iter().zip(tokens).take_while(|(a, b)| a == b).count();
         if common < self.tokens.len() {
             self.return_to(common)?;

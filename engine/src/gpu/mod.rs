@@ -36,7 +36,7 @@ use crate::error::{Error, Result};
 use crate::gpt_oss::config::Config;
 use crate::kernels::mxfp4_dot::Decoding;
 use crate::kernels::qkv::{FINE, PAGE};
-use crate::kernels::{argmax, attention, down, embedding, gate_up, linear, qkv, router};
+use crate::kernels::{argmax, attention, copy, down, embedding, gate_up, linear, qkv, router};
 use crate::nn::frequencies::Frequencies;
 use pages::{Copy, Pages, Pool};
 use weights::Weights;
@@ -210,21 +210,30 @@ impl Model {
     /// Adds a token to each of some sequences: f32 `[sequences, vocabulary]`, the logits that follow.
     ///
     /// # Errors
-    /// [`Error::Length`] where a sequence has no room, [`Error::Device`] where the device fails.
+    /// [`Error::Length`] where there is no sequence or one has no room, [`Error::Token`] for an id outside the vocabulary,
+    /// [`Error::Model`] for more than [`MOST_SEQUENCES`], [`Error::Device`] where the device fails.
     pub fn step(&self, batch: &mut [(&mut Cache, u32)]) -> Result<Vec<f32>> {
         let mut state = self.lock();
-        let step = self.prepare(&mut state, batch, false)?;
-        self.run(&mut state, step)?;
+        let graph = self.prepare(&mut state, batch, false)?;
+        replay(&graph)?;
         for (cache, _) in batch.iter_mut() {
             cache.advance(1);
         }
-        let values = batch.len() * self.config.vocabulary;
-        let bytes = self.client.read_one(state.buffers.logits.clone()).map_err(failed)?;
-        Ok(bytemuck::cast_slice::<u8, f32>(&bytes)[..values].to_vec())
+        self.read_logits(&state, batch.len())
+    }
+
+    /// f32 `[rows, vocabulary]`.
+    fn read_logits(&self, state: &State, rows: usize) -> Result<Vec<f32>> {
+        let logits = prefix(&state.buffers.logits, rows * self.config.vocabulary);
+        let bytes = self.client.read_one(logits).map_err(failed)?;
+        Ok(bytemuck::cast_slice(&bytes).to_vec())
     }
 
     /// Generates `count` tokens of each sequence greedily, after the given ones. A step is begun before the tokens of the last are
     /// read, so that the device need not wait for the host.
+    ///
+    /// # Errors
+    /// As [`Model::step`].
     pub fn generate(&self, batch: &mut [(&mut Cache, u32)], count: usize) -> Result<Vec<Vec<u32>>> {
         let mut state = self.lock();
         let mut written: Vec<Vec<u32>> = vec![Vec::new(); batch.len()];
@@ -236,8 +245,8 @@ impl Model {
                 _ => Some(self.extend(&mut state, batch)?),
             };
             let next = match next {
-                Some(step) => {
-                    self.run(&mut state, step)?;
+                Some(graph) => {
+                    replay(&graph)?;
                     batch.iter_mut().for_each(|(cache, _)| cache.advance(1));
                     let chosen = prefix(&state.buffers.chosen, 2 * batch.len());
                     Some(Box::pin(self.client.read_async(vec![chosen])) as Reading<'_>)
@@ -263,16 +272,18 @@ impl Model {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes room for a token of each sequence and writes everything that the graph reads.
-    fn prepare(&self, state: &mut State, batch: &mut [(&mut Cache, u32)], chooses: bool) -> Result<Step> {
+    /// Makes room for a token of each sequence, writes everything that the graph reads, and finds or records it.
+    fn prepare(&self, state: &mut State, batch: &mut [(&mut Cache, u32)], chooses: bool) -> Result<Graph> {
         let step = self.step_of(batch, chooses)?;
         self.reserve_step(state, batch)?;
         self.write_tables(state, batch);
         self.write_state(state, batch);
-        if self.record(state, step)? {
-            self.write_state(state, batch);
+        if let Some(graph) = state.graphs.get(&step) {
+            return Ok(graph.clone());
         }
-        Ok(step)
+        let graph = self.record(state, step)?;
+        self.write_state(state, batch);
+        Ok(graph)
     }
 
     /// Tells the device the tokens and their positions.
@@ -285,28 +296,38 @@ impl Model {
     }
 
     /// [`Model::prepare`] after a step that chose the tokens itself.
-    fn extend(&self, state: &mut State, batch: &mut [(&mut Cache, u32)]) -> Result<Step> {
+    fn extend(&self, state: &mut State, batch: &mut [(&mut Cache, u32)]) -> Result<Graph> {
         let step = self.step_of(batch, true)?;
-        let grows = self.reserve_step(state, batch)?;
-        if grows {
+        if self.reserve_step(state, batch)? {
             self.write_tables(state, batch);
         }
-        if !state.graphs.contains_key(&step) {
-            // Recording runs the step: what it chose is overwritten by what was there before.
-            let saved = [&state.buffers.tokens, &state.buffers.positions]
-                .map(|buffer| self.client.read_one(buffer.clone()));
-            self.record(state, step)?;
-            for (buffer, bytes) in [&state.buffers.tokens, &state.buffers.positions].into_iter().zip(saved) {
-                self.client.write(buffer, bytes.map_err(failed)?);
-            }
+        if let Some(graph) = state.graphs.get(&step) {
+            return Ok(graph.clone());
         }
-        Ok(step)
+        // Recording runs the step: what it chose is overwritten by what was there before.
+        let saved = [&state.buffers.tokens, &state.buffers.positions]
+            .map(|buffer| self.client.read_one(buffer.clone()));
+        let graph = self.record(state, step)?;
+        for (buffer, bytes) in [&state.buffers.tokens, &state.buffers.positions].into_iter().zip(saved) {
+            self.client.write(buffer, bytes.map_err(failed)?);
+        }
+        Ok(graph)
     }
 
     fn step_of(&self, batch: &[(&mut Cache, u32)], chooses: bool) -> Result<Step> {
         let longest = batch.iter().map(|(cache, _)| cache.len() + 1).max().unwrap_or(0);
         if batch.is_empty() || longest > self.context {
             return Err(Error::Length { length: longest, context: self.context });
+        }
+        if batch.len() > MOST_SEQUENCES {
+            return Err(Error::Model {
+                field: "sequences",
+                found: batch.len().to_string(),
+                needed: format!("{MOST_SEQUENCES} at most in a batch"),
+            });
+        }
+        for (_, token) in batch {
+            self.config.check_tokens(std::slice::from_ref(token))?;
         }
         let splits = longest.div_ceil(2 * PAGE).next_power_of_two().min(MOST_SPLITS);
         Ok(Step { sequences: batch.len(), splits, chooses })
@@ -384,7 +405,7 @@ impl Model {
             let new = [(); 2].map(|()| self.client.empty(capacity as usize * page * size_of::<f16>()));
             if let Some(old) = old.get(block) {
                 for (old, new) in old.iter().zip(&new) {
-                    crate::kernels::copy::launch(&self.client, old, 0, new, 0, before / 2);
+                    copy::launch(&self.client, old, 0, new, 0, before / 2);
                 }
             }
             state.caches.push(new);
@@ -400,21 +421,18 @@ impl Model {
             if self.config.window(block).is_some() == windowed {
                 for cache in caches {
                     let (from, to) = (copy.from.number as usize, copy.to.number as usize);
-                    crate::kernels::copy::launch(&self.client, cache, from * words, cache, to * words, words);
+                    copy::launch(&self.client, cache, from * words, cache, to * words, words);
                 }
             }
         }
     }
 
-    /// Records the graph of a step where there is none yet, which runs it: what it writes is what running it again will write, but
-    /// for the tokens and positions that it chooses. Whether it was recorded.
-    fn record(&self, state: &mut State, step: Step) -> Result<bool> {
-        if state.graphs.contains_key(&step) {
-            return Ok(false);
-        }
+    /// Records the graph of a step, which runs it: what it writes is what running it again will write, but for the tokens and
+    /// positions that it chooses.
+    fn record(&self, state: &mut State, step: Step) -> Result<Graph> {
         let graph = self.capture(state, step, &|_| true)?;
-        state.graphs.insert(step, graph);
-        Ok(true)
+        state.graphs.insert(step, graph.clone());
+        Ok(graph)
     }
 
     fn capture(&self, state: &State, step: Step, wanted: &dyn Fn(Stage) -> bool) -> Result<Graph> {
@@ -426,9 +444,13 @@ impl Model {
     }
 
     /// Measures each stage of a step by itself: a graph of its kernels in all blocks, replayed.
+    ///
+    /// # Errors
+    /// As [`Model::step`].
     pub fn profile(&self, batch: &mut [(&mut Cache, u32)]) -> Result<Vec<Share>> {
         let mut state = self.lock();
-        let step = self.prepare(&mut state, batch, true)?;
+        let step = self.step_of(batch, true)?;
+        self.prepare(&mut state, batch, true)?;
         let repeats = 20;
         let mut shares = Vec::new();
         for stage in Stage::ALL {
@@ -439,8 +461,7 @@ impl Model {
                 self.sync()?;
                 let start = std::time::Instant::now();
                 for _ in 0..repeats {
-                    // SAFETY: as in `run`.
-                    unsafe { graph.replay() }.map_err(failed)?;
+                    replay(&graph)?;
                 }
                 self.sync()?;
                 times.push(start.elapsed().as_secs_f64() / f64::from(repeats));
@@ -465,18 +486,6 @@ impl Model {
             Stage::Embedding | Stage::Attention | Stage::Choice => 0,
         };
         (of_block * config.num_blocks) as u64
-    }
-
-    fn run(&self, state: &mut State, step: Step) -> Result<()> {
-        match state.graphs.get(&step) {
-            // SAFETY: every buffer of the graph is owned by `self` and freed only when graphs are cleared; the client is pinned to
-            // one stream, and `state` is locked.
-            Some(graph) => unsafe { graph.replay() }.map_err(failed),
-            None => {
-                self.enqueue(state, step, &|_| true);
-                Ok(())
-            }
-        }
     }
 
     /// The kernels of a step, those of the wanted stages.
@@ -696,6 +705,13 @@ fn on_its_own_stream(mut client: Client) -> Result<Client> {
     // SAFETY: all work of the model goes through this client and its clones.
     unsafe { client.set_stream(stream) };
     Ok(client)
+}
+
+/// Runs a graph that was found or recorded under the present lock.
+fn replay(graph: &Graph) -> Result<()> {
+    // SAFETY: the model owns every buffer of a graph and frees them only when it clears the graphs; its client is pinned to one
+    // stream, and its state is locked.
+    unsafe { graph.replay() }.map_err(failed)
 }
 
 /// The first words of a buffer.

@@ -10,17 +10,18 @@
 use cubecl::server::Handle;
 use half::f16;
 
-use super::{Cache, Model, State, failed};
+use super::{Cache, Model, State};
 use crate::error::{Error, Result};
 use crate::gpt_oss::config::Config;
 use crate::kernels::dispatch::{self, Dispatch};
-use crate::kernels::expert_logits::{self, ExpertLogits};
+use crate::kernels::expert_logits;
 use crate::kernels::grouped::{self, Grouped};
 use crate::kernels::matmul::{self, Matmul};
 use crate::kernels::method::Method;
 use crate::kernels::normalise::{self, Normalise};
 use crate::kernels::prefill_attention::{self, PrefillAttention};
 use crate::kernels::rotate::{self, Rotate};
+use crate::kernels::router::Router;
 use crate::kernels::{copy, embedding, linear};
 
 /// Tokens of a chunk, at most.
@@ -45,15 +46,17 @@ struct Buffers {
 }
 
 impl Model {
-    /// Adds tokens (ids below the vocabulary) to a sequence: f32 `[vocabulary]`, the logits that follow the last one.
+    /// Adds tokens to a sequence: f32 `[vocabulary]`, the logits that follow the last one.
     ///
     /// # Errors
-    /// [`Error::Length`] where there are none or they exceed the context, [`Error::Device`] where the device fails.
+    /// [`Error::Length`] where there are none or they exceed the context, [`Error::Token`] for an id outside the vocabulary,
+    /// [`Error::Device`] where the device fails.
     pub fn prefill(&self, cache: &mut Cache, tokens: &[u32]) -> Result<Vec<f32>> {
         let length = cache.len() + tokens.len();
         if tokens.is_empty() || length > self.context {
             return Err(Error::Length { length, context: self.context });
         }
+        self.config.check_tokens(tokens)?;
         let mut state = self.lock();
         let buffers = self.buffers(tokens.len().min(CHUNK));
         for chunk in tokens.chunks(CHUNK) {
@@ -61,13 +64,12 @@ impl Model {
             self.chunk(&state, &buffers, cache, chunk);
             cache.advance(chunk.len());
         }
-        let Config { embedding_dim, vocabulary, rmsnorm_epsilon, .. } = self.config;
+        let Config { embedding_dim, rmsnorm_epsilon, .. } = self.config;
         let last = (tokens.len() - 1) % CHUNK * embedding_dim;
         let row = &state.buffers.x;
         copy::launch(&self.client, &buffers.x, last, row, 0, embedding_dim);
         self.unembed(&state, 1, rmsnorm_epsilon.to_bits());
-        let bytes = self.client.read_one(super::prefix(&state.buffers.logits, vocabulary)).map_err(failed)?;
-        Ok(bytemuck::cast_slice(&bytes).to_vec())
+        self.read_logits(&state, 1)
     }
 
     fn buffers(&self, tokens: usize) -> Buffers {
@@ -170,7 +172,7 @@ impl Model {
                 matmul::Buffers { weights: &block.out, bias: &block.out_bias, x: &b.attended, y: &b.x };
             matmul::launch(client, out, count, &buffers);
             normalise::launch(client, normalised, count, &b.x, &block.mlp_norm, &b.rows);
-            let routed = ExpertLogits { experts: num_experts, columns: embedding_dim, epsilon };
+            let routed = Router { experts: num_experts, columns: embedding_dim, epsilon };
             let buffers = expert_logits::Buffers {
                 x: &b.x,
                 norm: &block.mlp_norm,

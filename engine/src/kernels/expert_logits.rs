@@ -10,6 +10,7 @@ use cubecl::server::Handle;
 use super::dense::{high, low};
 use super::group::F4;
 use super::linear::inverse_rms;
+use super::router::Router;
 
 /// Tokens of a cube.
 const TOKENS: usize = 16;
@@ -26,17 +27,6 @@ const STAGED: usize = QUADS / LINE;
 /// Quads between rows in shared memory, one more so that units which read different rows read different banks.
 const STRIDE: usize = QUADS + 1;
 
-/// The sizes of a router.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct ExpertLogits {
-    /// Experts.
-    pub experts: usize,
-    /// Width of the residual stream, a multiple of 4.
-    pub columns: usize,
-    /// The bits of RMSNorm's ε.
-    pub epsilon: u32,
-}
-
 /// The buffers of a router.
 pub struct Buffers<'a> {
     /// f32 `[tokens, columns]`: the residual stream.
@@ -52,7 +42,7 @@ pub struct Buffers<'a> {
 }
 
 /// Computes the logits of `tokens` rows.
-pub fn launch(client: &Client, router: ExpertLogits, tokens: usize, buffers: &Buffers<'_>) {
+pub fn launch(client: &Client, router: Router, tokens: usize, buffers: &Buffers<'_>) {
     let quads = router.columns / 4;
     let cubes = [tokens.div_ceil(TOKENS), router.experts.div_ceil(EXPERTS)].map(|cubes| cubes as u32);
     // SAFETY: lengths are those of the buffers by the caller's contract; what lies past the last token, expert or column is read
@@ -83,7 +73,7 @@ fn logits_kernel(
     logits: &mut [f32],
     tokens: usize,
     steps: usize,
-    #[comptime] router: ExpertLogits,
+    #[comptime] router: Router,
 ) {
     let unit = UNIT_POS as usize;
     let quads = comptime!(router.columns / 4);

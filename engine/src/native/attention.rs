@@ -7,9 +7,10 @@
 
 use std::ops::Range;
 
-use super::cache::{Cache, Element, PAGE, first_page};
+use super::cache::{Cache, PAGE, first_page};
 use super::simd::{Kernel, Simd, exp};
 use super::split::Tile;
+use crate::backend::Float;
 
 /// Rows of a register tile.
 const ROWS: usize = 4;
@@ -95,12 +96,13 @@ impl Kernel for Attention<'_, '_> {
 
 /// Stored values as f32, in multiples of 16.
 #[inline(always)]
-fn widen<S: Simd>(simd: S, element: Element, from: &[u8], to: &mut [f32]) {
-    for (to, from) in to.chunks_exact_mut(S::LANES).zip(from.chunks_exact(S::LANES * element.size())) {
+fn widen<S: Simd>(simd: S, element: Float, from: &[u8], to: &mut [f32]) {
+    for (to, from) in to.chunks_exact_mut(S::LANES).zip(from.chunks_exact(S::LANES * element.size() as usize))
+    {
         match element {
-            Element::F16 => simd.store(simd.f16(from), to),
-            Element::Bf16 => simd.store(simd.bf16(from), to),
-            Element::F32 => {
+            Float::F16 => simd.store(simd.f16(from), to),
+            Float::Bf16 => simd.store(simd.bf16(from), to),
+            Float::F32 => {
                 for (to, from) in to.iter_mut().zip(from.as_chunks::<4>().0) {
                     *to = f32::from_le_bytes(*from);
                 }
@@ -244,9 +246,7 @@ mod tests {
     fn outputs_are_those_of_float64() {
         for dispatch in Level::ALL.into_iter().filter_map(Dispatch::new) {
             for case in CASES {
-                for (element, tolerance) in
-                    [(Element::F32, 1e-5), (Element::F16, 1e-2), (Element::Bf16, 1e-1)]
-                {
+                for (element, tolerance) in [(Float::F32, 1e-5), (Float::F16, 1e-2), (Float::Bf16, 1e-1)] {
                     let (heads, kv_heads, dim, window, past, new) = case;
                     let stride = (heads + 2 * kv_heads) * dim;
                     let qkv = rows(past + new, stride);

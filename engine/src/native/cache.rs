@@ -14,39 +14,18 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
+use crate::backend::Float;
 use crate::error::{Error, Result};
 use crate::gpt_oss::config::Config;
 
 /// Positions of a page.
 pub const PAGE: usize = 64;
 
-/// The type of stored keys and values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Element {
-    /// Single precision.
-    F32,
-    /// Half precision: 11 bits.
-    F16,
-    /// 8 bits, the range of single precision.
-    Bf16,
-}
-
-impl Element {
-    /// Bytes of a value.
-    pub const fn size(self) -> usize {
-        match self {
-            Element::F32 => 4,
-            Element::F16 | Element::Bf16 => 2,
-        }
-    }
-
-    #[inline]
-    fn write(self, value: f32, to: &mut [u8]) {
-        match self {
-            Element::F32 => to.copy_from_slice(&value.to_le_bytes()),
-            Element::F16 => to.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
-            Element::Bf16 => to.copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
-        }
+fn write(float: Float, value: f32, to: &mut [u8]) {
+    match float {
+        Float::F32 => to.copy_from_slice(&value.to_le_bytes()),
+        Float::F16 => to.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
+        Float::Bf16 => to.copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
     }
 }
 
@@ -58,7 +37,7 @@ pub struct CacheLayout {
     /// Width of a head.
     pub head_dim: usize,
     /// The type in which keys and values are stored.
-    pub element: Element,
+    pub element: Float,
     /// The largest number of tokens.
     pub context: usize,
     /// The window of each layer, `None` for full attention.
@@ -67,7 +46,7 @@ pub struct CacheLayout {
 
 impl CacheLayout {
     /// The layout for a model, for sequences of at most `context` tokens.
-    pub fn of(config: &Config, element: Element, context: usize) -> CacheLayout {
+    pub fn of(config: &Config, element: Float, context: usize) -> CacheLayout {
         CacheLayout {
             kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
@@ -83,11 +62,11 @@ impl CacheLayout {
     }
 
     fn key_bytes(&self) -> usize {
-        self.head_dim * PAGE * self.element.size()
+        self.head_dim * PAGE * self.element.size() as usize
     }
 
     fn head_bytes(&self) -> usize {
-        self.key_bytes() + PAGE * self.value_dim() * self.element.size()
+        self.key_bytes() + PAGE * self.value_dim() * self.element.size() as usize
     }
 
     /// Bytes of a page.
@@ -184,7 +163,7 @@ impl Cache {
     /// most one page further than what was written before. [`Cache::advance`] follows when all layers have been served.
     pub(super) fn write(&mut self, layer: usize, position: usize, keys: &[f32], values: &[f32]) {
         let (layout, stored) = (&*self.layout, &mut self.layers[layer]);
-        let size = layout.element.size();
+        let size = layout.element.size() as usize;
         let page = position / PAGE - stored.first;
         while stored.pages.len() <= page {
             stored.pages.push_back(Arc::new(Page(vec![0; layout.page_bytes()].into())));
@@ -195,11 +174,11 @@ impl Cache {
         for ((keys, values), head) in heads.zip(page.chunks_exact_mut(layout.head_bytes())) {
             let (stored_keys, stored_values) = head.split_at_mut(layout.key_bytes());
             for (key, column) in keys.iter().zip(stored_keys.chunks_exact_mut(PAGE * size)) {
-                layout.element.write(*key, &mut column[slot * size..][..size]);
+                write(layout.element, *key, &mut column[slot * size..][..size]);
             }
             let row = &mut stored_values[slot * layout.value_dim() * size..];
             for (value, place) in values.iter().zip(row.chunks_exact_mut(size)) {
-                layout.element.write(*value, place);
+                write(layout.element, *value, place);
             }
         }
     }
@@ -227,7 +206,7 @@ impl Cache {
 mod tests {
     use super::*;
 
-    fn layout(element: Element) -> Arc<CacheLayout> {
+    fn layout(element: Float) -> Arc<CacheLayout> {
         let windows = vec![Some(70), None];
         Arc::new(CacheLayout { kv_heads: 2, head_dim: 6, element, context: 1000, windows })
     }
@@ -247,9 +226,9 @@ mod tests {
     fn read(cache: &Cache, layer: usize, position: usize, head: usize, dim: usize) -> [f32; 2] {
         let page = cache.page(layer, position / PAGE, head);
         let number = |bytes: &[u8], index: usize| match cache.layout.element {
-            Element::F32 => f32::from_le_bytes(bytes[4 * index..][..4].try_into().unwrap()),
-            Element::F16 => f16::from_le_bytes(bytes[2 * index..][..2].try_into().unwrap()).to_f32(),
-            Element::Bf16 => bf16::from_le_bytes(bytes[2 * index..][..2].try_into().unwrap()).to_f32(),
+            Float::F32 => f32::from_le_bytes(bytes[4 * index..][..4].try_into().unwrap()),
+            Float::F16 => f16::from_le_bytes(bytes[2 * index..][..2].try_into().unwrap()).to_f32(),
+            Float::Bf16 => bf16::from_le_bytes(bytes[2 * index..][..2].try_into().unwrap()).to_f32(),
         };
         let slot = position % PAGE;
         [number(page.keys, dim * PAGE + slot), number(page.values, slot * 16 + dim)]
@@ -257,7 +236,7 @@ mod tests {
 
     #[test]
     fn what_was_written_is_read_in_every_type() {
-        for (element, error) in [(Element::F32, 0.0), (Element::F16, 0.01), (Element::Bf16, 0.06)] {
+        for (element, error) in [(Float::F32, 0.0), (Float::F16, 0.01), (Float::Bf16, 0.06)] {
             let mut cache = Cache::new(layout(element));
             extend(&mut cache, 100, 1.0);
             for (position, head, dim) in [(40, 0, 0), (99, 1, 5), (64, 1, 2)] {
@@ -270,7 +249,7 @@ mod tests {
 
     #[test]
     fn windows_drop_what_nobody_sees_any_more() {
-        let mut cache = Cache::new(layout(Element::F16));
+        let mut cache = Cache::new(layout(Float::F16));
         for len in 1..=400usize {
             extend(&mut cache, 1, 0.0);
             assert_eq!(cache.layers[1].pages.len(), len.div_ceil(PAGE));
@@ -284,7 +263,7 @@ mod tests {
 
     #[test]
     fn clones_share_pages_until_one_is_written_to() {
-        let mut cache = Cache::new(layout(Element::F32));
+        let mut cache = Cache::new(layout(Float::F32));
         extend(&mut cache, 90, 1.0);
         let snapshot = cache.clone();
         extend(&mut cache, 1, 2.0);

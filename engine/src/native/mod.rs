@@ -28,6 +28,6 @@ mod simd;
 mod split;
 mod weights;
 
-pub use cache::{Cache, CacheLayout, Element};
-pub use model::{Model, Options, Path, Sequence, Trace};
+pub use cache::{Cache, CacheLayout};
+pub use model::{Model, Options, PREFILL, Path, Sequence, Trace};
 pub use simd::Level;

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use formats::model_bin::Stored;
 
 use super::attention::Attention;
-use super::cache::{Cache, CacheLayout, Element};
+use super::cache::{Cache, CacheLayout};
 use super::dense::{self, Widen};
 use super::fixed::{FixedGroup, ToFixed, fixed_groups};
 use super::mxfp4::{self, Inputs};
@@ -26,12 +26,13 @@ use super::rows::{AddScaled, RmsNorm, SwiGlu, rotate};
 use super::simd::{Dispatch, Level};
 use super::split::{each, grid};
 use super::weights::{Block, Dense, Weights};
+use crate::backend::Float;
 use crate::error::{Error, Result};
 use crate::gpt_oss::config::Config;
 use crate::nn::rope::Frequencies;
 
 /// Tokens that a prefill processes at a time.
-const PREFILL: usize = 256;
+pub const PREFILL: usize = 256;
 
 /// Bytes of weights of one task: some microseconds of reading.
 const TASK_BYTES: usize = 96 << 10;
@@ -45,7 +46,7 @@ pub struct Options {
     /// The largest number of tokens of a sequence (default: the model's).
     pub context: Option<usize>,
     /// The type of keys and values (default: f16).
-    pub cache: Option<Element>,
+    pub cache: Option<Float>,
     /// The instructions (default: the best that the processor has).
     pub level: Option<Level>,
     /// Threads, the calling one included (default: as many as may run at a time).
@@ -126,7 +127,7 @@ impl Model {
             options.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
         Ok(Model {
             rope: Frequencies::yarn(&config.yarn(), config.head_dim),
-            cache_layout: CacheLayout::of(&config, options.cache.unwrap_or(Element::F16), context).into(),
+            cache_layout: CacheLayout::of(&config, options.cache.unwrap_or(Float::F16), context).into(),
             weights: Weights::new(stored, &config)?,
             dispatch,
             pool: Pool::new(threads),
@@ -176,7 +177,7 @@ impl Model {
         tokens: &[u32],
         watch: &mut dyn FnMut(usize) -> ControlFlow<()>,
     ) -> Result<Option<Vec<f32>>> {
-        self.check_tokens(tokens)?;
+        self.config.check_tokens(tokens)?;
         cache.next(tokens.len())?;
         let mut last = None;
         for chunk in tokens.chunks(PREFILL) {
@@ -441,7 +442,7 @@ impl Model {
         }
         let (mut row, mut spans) = (0, Vec::with_capacity(batch.len()));
         for (index, sequence) in batch.iter().enumerate() {
-            self.check_tokens(sequence.tokens)?;
+            self.config.check_tokens(sequence.tokens)?;
             let positions = sequence.cache.next(sequence.tokens.len())?;
             for start in positions.clone().step_by(ATTENTION_TOKENS) {
                 let positions = start..positions.end.min(start + ATTENTION_TOKENS);
@@ -451,14 +452,6 @@ impl Model {
             }
         }
         Ok(spans)
-    }
-
-    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
-        let vocabulary = self.config.vocabulary;
-        match tokens.iter().position(|&token| token as usize >= vocabulary) {
-            Some(position) => Err(Error::Token { token: tokens[position], position, vocabulary }),
-            None => Ok(()),
-        }
     }
 }
 

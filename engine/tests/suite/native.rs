@@ -5,8 +5,9 @@ use std::path::Path as FilePath;
 use std::sync::Arc;
 
 use crate::trace::{CASES, Reference, fixture, l2_error, largest_error};
+use engine::backend::Float;
 use engine::gpt_oss::Config;
-use engine::native::{Element, Level, Model, Options, Path, Sequence, Trace};
+use engine::native::{Level, Model, Options, Path, Sequence, Trace};
 use formats::model_bin::{Stored, StoredOptions, write};
 
 fn load(path: &FilePath, options: &Options) -> Model {
@@ -20,7 +21,7 @@ fn levels() -> impl Iterator<Item = Level> {
 }
 
 fn options(level: Level, threads: usize) -> Options {
-    Options { level: Some(level), threads: Some(threads), cache: Some(Element::F32), ..Options::default() }
+    Options { level: Some(level), threads: Some(threads), cache: Some(Float::F32), ..Options::default() }
 }
 
 #[track_caller]
@@ -99,7 +100,7 @@ fn every_layer_agrees_with_the_genuine_module() {
 #[test]
 fn half_precision_caches_stay_below_the_error_of_the_genuine_bf16_module() {
     for name in CASES {
-        for element in [Element::F16, Element::Bf16] {
+        for element in [Float::F16, Float::Bf16] {
             let model = load(&fixture(name), &Options { cache: Some(element), ..Options::default() });
             let reference = Reference::open(name);
             let (_, logits) = run(&model, &reference.tokens(), 1, Path::Decode);

@@ -31,7 +31,7 @@ pub struct Arguments {
     #[arg(long, short, value_name = "PATH", value_hint = ValueHint::AnyPath)]
     model: Option<PathBuf>,
     /// Blocks of the random model, of which gpt-oss-20b has 24.
-    #[arg(long, value_name = "N", default_value_t = synthetic::GPT_OSS_20B.num_blocks, conflicts_with = "model")]
+    #[arg(long, value_name = "N", default_value_t = ModelHeader::GPT_OSS_20B.num_blocks, conflicts_with = "model")]
     blocks: u32,
     #[command(flatten)]
     stored: StoredFlags,
@@ -57,7 +57,7 @@ pub fn bench(console: &Console, arguments: &Arguments) -> Result<Outcome> {
     ensure!(arguments.generate > 1, "--generate: found {}, needed 2 at least", arguments.generate);
     let stored = match &arguments.model {
         Some(path) => arguments.stored.open(path, console)?,
-        None => synthetic::stored(ModelHeader { num_blocks: arguments.blocks, ..synthetic::GPT_OSS_20B })?,
+        None => synthetic::stored(ModelHeader { num_blocks: arguments.blocks, ..ModelHeader::GPT_OSS_20B })?,
     };
     let device = arguments.device.backend.open()?;
     let residency = Residency::plan(&stored, &arguments.device.load_options(), &device)?;

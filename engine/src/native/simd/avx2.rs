@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Kernel, Simd, totals};
+use super::{Kernel, Simd, first, totals};
 use crate::native::dense::PREFETCH;
 use crate::native::fixed::FixedGroup;
 use crate::native::mxfp4::{BIASED, PackedRow, bf16_bytes};
@@ -27,12 +27,6 @@ macro_rules! here {
         // whose length was checked just before.
         unsafe { $($body)* }
     }};
-}
-
-/// The first `N` elements, as a pointer to what intrinsics want.
-#[inline(always)]
-fn first<const N: usize, T, P>(from: &[T]) -> *const P {
-    from[..N].as_ptr().cast()
 }
 
 impl Simd for Avx2 {

@@ -183,6 +183,13 @@ pub trait Simd: Copy {
     ) -> [[f32; T]; R];
 }
 
+/// The first `N` elements, as a pointer to what intrinsics want.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn first<const N: usize, T, P>(from: &[T]) -> *const P {
+    from[..N].as_ptr().cast()
+}
+
 /// The sums of the lanes of some vectors.
 #[inline(always)]
 pub fn totals<S: Simd, const R: usize, const T: usize>(simd: S, sums: [[S::Vector; T]; R]) -> [[f32; T]; R] {
