@@ -191,7 +191,6 @@ mod tests {
 
     use super::*;
     use crate::native::cache::CacheLayout;
-    use crate::native::pool::Pool;
     use crate::native::simd::{Dispatch, Level};
     use crate::native::split::grid;
 
@@ -268,7 +267,7 @@ mod tests {
                     }
                     let mut out = vec![0.0; new * heads * dim];
                     let width = heads / kv_heads * dim;
-                    grid(&Pool::new(2), &mut out, heads * dim, &[0, new], width, &|_, mut tile| {
+                    for (_, mut tile) in grid(&mut out, heads * dim, &[0, new], width) {
                         dispatch.run(Attention {
                             cache: &cache,
                             layer: 0,
@@ -280,7 +279,7 @@ mod tests {
                             window,
                             out: &mut tile,
                         });
-                    });
+                    }
                     for (found, truth) in out.iter().zip(truth(case, &qkv, &sinks)) {
                         let error = (f64::from(*found) - truth).abs();
                         assert!(

@@ -5,8 +5,8 @@
 //! page  ── for each key head: keys [head_dim, 64], then values [64, head_dim padded to 16]
 //! ```
 //! Keys lie transposed, so that the scores of neighbouring positions are neighbours too. A clone shares all pages; whoever
-//! writes to a shared page copies it first. So a clone is the snapshot that a sequence goes back to, and costs one page
-//! per layer at most.
+//! writes to a shared page copies it first. So a clone is the snapshot that a sequence goes back to, and costs the pages
+//! of windows and one more for each other layer at most.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -74,16 +74,39 @@ impl CacheLayout {
         self.kv_heads * self.head_bytes()
     }
 
-    /// Bytes of a cache of `tokens` tokens that shares nothing.
+    /// Bytes of a cache of `tokens` tokens that shares nothing: [`Cache::bytes`], whole pages. While tokens are added,
+    /// layers with a window hold their pages too.
     pub fn bytes(&self, tokens: usize) -> u64 {
         let pages =
             |window: &Option<usize>| (first_page(*window, tokens)..tokens.div_ceil(PAGE)).len() as u64;
         self.windows.iter().map(pages).sum::<u64>() * self.page_bytes() as u64
     }
 
-    /// Bytes that a clone costs at most once either is written to.
+    /// Tokens of the longest cache of at most so many bytes, layers with a window counted at their largest.
+    pub fn longest(&self, bytes: u64) -> usize {
+        let page = self.page_bytes() as u64;
+        let bounded: u64 = self.windows.iter().flatten().map(|&window| self.window_pages(window)).sum();
+        let growing = self.windows.iter().filter(|window| window.is_none()).count() as u64;
+        match growing * page {
+            0 => self.context,
+            each => ((bytes.saturating_sub(bounded * page) / each) as usize)
+                .saturating_mul(PAGE)
+                .min(self.context),
+        }
+    }
+
+    /// Bytes that a clone costs at most: of a layer with full attention the page that either writes to, of a layer with
+    /// a window all pages, as the other drops them.
     pub fn snapshot_bytes(&self) -> u64 {
-        (self.windows.len() * self.page_bytes()) as u64
+        let pages = self.windows.iter().map(|window| window.map_or(1, |window| self.window_pages(window)));
+        pages.sum::<u64>() * self.page_bytes() as u64
+    }
+
+    /// The most pages of a layer with a window, when no token is being added.
+    fn window_pages(&self, window: usize) -> u64 {
+        // The next token sees `window − 1` stored ones, the first of which may be the last on its page.
+        let pages = (window + PAGE - 3) / PAGE + 1;
+        pages.min(self.context.div_ceil(PAGE)) as u64
     }
 }
 
@@ -259,6 +282,52 @@ mod tests {
             assert_eq!(cache.bytes(), cache.layout.bytes(len), "{len}");
         }
         assert!(cache.next(0).is_err() && cache.next(600).is_ok() && cache.next(601).is_err());
+    }
+
+    #[test]
+    fn the_longest_cache_fits_and_hardly_a_longer_one() {
+        let layout = layout(Float::F16);
+        let page = layout.page_bytes() as u64;
+        for bytes in (3 * page..16 * page).step_by(layout.page_bytes() / 4) {
+            let tokens = layout.longest(bytes);
+            assert!(layout.bytes(tokens) <= bytes && layout.bytes(tokens + PAGE + 1) > bytes, "{bytes}");
+        }
+        assert_eq!([0, u64::MAX].map(|bytes| layout.longest(bytes)), [0, layout.context]);
+    }
+
+    #[test]
+    fn windows_are_counted_at_their_largest() {
+        for (window, context) in [(1, 500), (2, 500), (65, 500), (66, 500), (67, 500), (128, 500), (128, 100)]
+        {
+            let layout =
+                CacheLayout { context, windows: vec![Some(window)], ..(*layout(Float::F32)).clone() };
+            let largest = (0..=context).map(|tokens| layout.bytes(tokens)).max();
+            assert_eq!(Some(layout.snapshot_bytes()), largest, "{window} {context}");
+            assert_eq!(layout.longest(0), context);
+        }
+    }
+
+    #[test]
+    fn snapshots_cost_what_the_other_has_dropped_or_copied() {
+        let mut cache = Cache::new(layout(Float::F16));
+        let snapshots: Vec<Cache> = std::iter::repeat_with(|| {
+            extend(&mut cache, 1, 0.0);
+            cache.clone()
+        })
+        .take(200)
+        .collect();
+        extend(&mut cache, 300, 0.0);
+        let cost = |snapshot: &Cache| {
+            let layers = snapshot.layers.iter().zip(&cache.layers);
+            let own = layers.flat_map(|(snapshot, cache)| {
+                snapshot
+                    .pages
+                    .iter()
+                    .filter(|&page| !cache.pages.iter().any(|other| Arc::ptr_eq(page, other)))
+            });
+            (own.count() * cache.layout.page_bytes()) as u64
+        };
+        assert_eq!(snapshots.iter().map(cost).max(), Some(cache.layout.snapshot_bytes()));
     }
 
     #[test]

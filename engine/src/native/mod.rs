@@ -3,7 +3,7 @@
 //! ```text
 //! simd     instructions of a level ──► fixed, dense, mxfp4, attention, rows    kernels
 //! order    the orders in which kernels take their inputs
-//! pool     threads ──► split           outputs that they write together
+//! split    tiles of an output that several threads write
 //! weights  pieces of a stored model, borrowed
 //! cache    keys and values in shared pages
 //! router   the choice of experts
@@ -21,7 +21,6 @@ mod fixed;
 mod model;
 mod mxfp4;
 mod order;
-mod pool;
 mod router;
 mod rows;
 mod simd;

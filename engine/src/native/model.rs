@@ -1,18 +1,23 @@
 //! The model, top to bottom.
 //!
 //! Tokens of a batch are rows, laid end to end: everything but attention works on rows and does not care whose they are.
-//! Each step is one operation of the [pool](super::pool):
+//! Each step is one operation on all threads, in tasks of microseconds. A thread takes the next task whenever it has done
+//! one (Rayon's bridge), so that weights are read in their order and a thread that the system interrupts holds up nobody.
 //!
 //! ```text
 //! x ─ norm ─ qkv ─ rotation ─ cache ─ attention ─ out ─┐+ x
 //!  ┌───────────────────────────────────────────────────┘
 //!  └─ norm ─ router ─ pairs of token and expert, sorted by expert ─ mlp1, SwiGLU ─ mlp2 ─ weighted sum ─ + x
 //! ```
+//! The threads are a pool of the model's own. A whole pass runs in it, so that its caller waits for a thread once and not
+//! at every step.
 
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use formats::model_bin::Stored;
+use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::attention::Attention;
 use super::cache::{Cache, CacheLayout};
@@ -20,11 +25,10 @@ use super::dense::{self, Widen};
 use super::fixed::{FixedGroup, ToFixed, fixed_groups};
 use super::mxfp4::{self, Inputs};
 use super::order::{Group, dense_groups, packed_groups, to_dense, to_packed};
-use super::pool::Pool;
 use super::router::{Choice, Groups, choose};
 use super::rows::{AddScaled, RmsNorm, SwiGlu, rotate};
 use super::simd::{Dispatch, Level};
-use super::split::{each, grid};
+use super::split::grid;
 use super::weights::{Block, Dense, Weights};
 use crate::backend::Float;
 use crate::error::{Error, Result};
@@ -49,7 +53,7 @@ pub struct Options {
     pub cache: Option<Float>,
     /// The instructions (default: the best that the processor has).
     pub level: Option<Level>,
-    /// Threads, the calling one included (default: as many as may run at a time).
+    /// Threads, of which the calling one is none (default: as many as may run at a time).
     pub threads: Option<usize>,
 }
 
@@ -60,7 +64,7 @@ pub struct Model {
     rope: Frequencies,
     weights: Weights,
     dispatch: Dispatch,
-    pool: Pool,
+    pool: ThreadPool,
 }
 
 /// New tokens of one sequence and the cache of those before.
@@ -107,7 +111,8 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::Model`] for a context that the model has not or a level that the processor has not, and where sizes of
-    /// the configuration and of the weights differ; [`Error::Format`] where a container cannot be read.
+    /// the configuration and of the weights differ; [`Error::Format`] where a container cannot be read;
+    /// [`Error::Device`] where threads cannot be started.
     pub fn new(stored: Arc<Stored>, config: Config, options: &Options) -> Result<Model> {
         let context = options.context.unwrap_or(config.context_length);
         if context == 0 || context > config.context_length {
@@ -125,12 +130,14 @@ impl Model {
         })?;
         let threads =
             options.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+        let pool = ThreadPoolBuilder::new().thread_name(|index| format!("native-{index}"));
+        let pool = pool.num_threads(threads.max(1)).build();
         Ok(Model {
             rope: Frequencies::yarn(&config.yarn(), config.head_dim),
             cache_layout: CacheLayout::of(&config, options.cache.unwrap_or(Float::F16), context).into(),
             weights: Weights::new(stored, &config)?,
             dispatch,
-            pool: Pool::new(threads),
+            pool: pool.map_err(|error| Error::Device(error.to_string()))?,
             config,
         })
     }
@@ -155,9 +162,9 @@ impl Model {
         self.dispatch.level()
     }
 
-    /// The threads in use, the calling one included.
+    /// The threads in use. The calling one waits for them.
     pub fn threads(&self) -> usize {
-        self.pool.threads()
+        self.pool.current_num_threads()
     }
 
     /// An empty cache for one sequence.
@@ -201,8 +208,11 @@ impl Model {
         let sequence = |(cache, token)| Sequence { cache, tokens: std::slice::from_ref(token) };
         let mut sequences: Vec<Sequence<'_>> =
             batch.iter_mut().map(|(cache, token)| sequence((&mut **cache, &*token))).collect();
-        let x = self.forward(&mut sequences, Path::Decode, None)?;
-        self.unembed(&x)
+        // Not `forward` and `unembed` one after the other, as the caller would have to wake up in between.
+        self.pool.install(|| {
+            let x = self.forward(&mut sequences, Path::Decode, None)?;
+            self.unembed(&x)
+        })
     }
 
     /// Runs new tokens of some sequences through all blocks: f32 `[tokens, embedding_dim]` after the final norm, the
@@ -211,6 +221,16 @@ impl Model {
     /// # Errors
     /// As [`Model::prefill`], and [`Error::Length`] where there is no sequence.
     pub fn forward(
+        &self,
+        batch: &mut [Sequence<'_>],
+        path: Path,
+        trace: Option<&mut Trace>,
+    ) -> Result<Vec<f32>> {
+        self.pool.install(|| self.pass(batch, path, trace))
+    }
+
+    /// [`Model::forward`] on a thread of the pool.
+    fn pass(
         &self,
         batch: &mut [Sequence<'_>],
         path: Path,
@@ -260,7 +280,7 @@ impl Model {
     pub fn unembed(&self, x: &[f32]) -> Result<Vec<f32>> {
         let rows = x.len() / self.config.embedding_dim;
         let mut logits = vec![0.0; rows * self.config.vocabulary];
-        self.product(&self.weights.unembedding, &[], x, &mut logits, false)?;
+        self.pool.install(|| self.product(&self.weights.unembedding, &[], x, &mut logits, false))?;
         Ok(logits)
     }
 
@@ -281,8 +301,8 @@ impl Model {
         let normed = self.normed(x, &block.attn_norm);
         self.product(&block.qkv, &block.qkv_bias, &normed, &mut qkv, false)?;
         // The stored rows of queries and keys are interleaved pairs, and carry the scale of the scores.
-        each(&self.pool, &mut qkv, stride, &|token, row| {
-            rotate(&mut row[..query_width + key_width], &angles[token].cosines, &angles[token].sines);
+        qkv.par_chunks_exact_mut(stride).zip(angles).for_each(|(row, angles)| {
+            rotate(&mut row[..query_width + key_width], &angles.cosines, &angles.sines);
         });
         for span in spans {
             for (position, row) in span.positions.clone().zip(qkv[span.row * stride..].chunks_exact(stride)) {
@@ -296,7 +316,8 @@ impl Model {
         let head_group = num_heads / num_kv_heads * head_dim;
         let caches: Vec<&Cache> = batch.iter().map(|sequence| &*sequence.cache).collect();
         let mut out = vec![0.0; angles.len() * query_width];
-        grid(&self.pool, &mut out, query_width, &bounds, head_group, &|span, mut tile| {
+        let tiles = grid(&mut out, query_width, &bounds, head_group).par_bridge();
+        tiles.for_each(|(span, mut tile)| {
             let span = &spans[span];
             dispatch.run(Attention {
                 cache: caches[span.sequence],
@@ -334,7 +355,8 @@ impl Model {
         let mut hidden = vec![0.0; groups.tokens.len() * mlp_dim];
         // A column takes two rows, of about half a byte a value; multiples of 16 for SwiGLU.
         let width = (TASK_BYTES / embedding_dim).max(16).next_multiple_of(16);
-        grid(&self.pool, &mut hidden, mlp_dim, &groups.bounds, width, &|group, mut tile| {
+        let tiles = grid(&mut hidden, mlp_dim, &groups.bounds, width).par_bridge();
+        tiles.for_each(|(group, mut tile)| {
             let (columns, bias) = (tile.columns(), &experts[group].mlp1_bias);
             let mut up = vec![0.0; tile.rows() * columns.len()];
             dispatch.run(mxfp4::Product {
@@ -356,7 +378,8 @@ impl Model {
         let every_pair: Vec<u32> = (0..groups.tokens.len() as u32).collect();
         let mut outputs = vec![0.0; every_pair.len() * embedding_dim];
         let width = (2 * TASK_BYTES / mlp_dim).max(16);
-        grid(&self.pool, &mut outputs, embedding_dim, &groups.bounds, width, &|group, mut tile| {
+        let tiles = grid(&mut outputs, embedding_dim, &groups.bounds, width).par_bridge();
+        tiles.for_each(|(group, mut tile)| {
             dispatch.run(mxfp4::Product {
                 weight: mlp2[group],
                 rows: tile.columns(),
@@ -365,9 +388,9 @@ impl Model {
                 put: |pair: usize, row: usize, sum: f32| *tile.at(pair, row) = sum,
             });
         });
-        each(&self.pool, x, embedding_dim, &|token, out| {
-            let choice = &choices[token];
-            for (rank, &place) in groups.places[token].iter().enumerate() {
+        let rows = (x.par_chunks_exact_mut(embedding_dim), &choices, &groups.places);
+        rows.into_par_iter().for_each(|(out, choice, places)| {
+            for (rank, &place) in places.iter().enumerate() {
                 dispatch.run(AddScaled {
                     x: &outputs[place * embedding_dim..][..embedding_dim],
                     bias: &block.experts[choice.experts[rank] as usize].mlp2_bias,
@@ -383,10 +406,8 @@ impl Model {
     fn normed(&self, x: &[f32], scale: &[f32]) -> Vec<f32> {
         let (dispatch, epsilon) = (self.dispatch, self.config.rmsnorm_epsilon);
         let mut normed = vec![0.0; x.len()];
-        each(&self.pool, &mut normed, scale.len(), &|row, out| {
-            let x = &x[row * scale.len()..][..scale.len()];
-            dispatch.run(RmsNorm { x, scale, epsilon, out });
-        });
+        let rows = x.par_chunks_exact(scale.len()).zip(normed.par_chunks_exact_mut(scale.len()));
+        rows.for_each(|(x, out)| dispatch.run(RmsNorm { x, scale, epsilon, out }));
         normed
     }
 
@@ -403,11 +424,13 @@ impl Model {
         let (columns, rows) = (weight.columns, weight.rows());
         let groups = dense_groups(columns);
         let mut ordered = vec![Group::ZERO; x.len() / columns * groups];
-        each(&self.pool, &mut ordered, groups, &|row, out| to_dense(&x[row * columns..][..columns], out));
+        let vectors = x.par_chunks_exact(columns).zip(ordered.par_chunks_exact_mut(groups));
+        vectors.for_each(|(x, out)| to_dense(x, out));
         let width = (TASK_BYTES / (2 * columns)).clamp(1, rows.div_ceil(4 * self.threads()).max(1));
         let width = width.next_multiple_of(dense::TILE_ROWS);
         let bounds = [0, x.len() / columns];
-        grid(&self.pool, out, rows, &bounds, width, &|_, mut tile| {
+        let tiles = grid(out, rows, &bounds, width).par_bridge();
+        tiles.for_each(|(_, mut tile)| {
             dispatch.run(dense::Product { weight, bias, x: &ordered, out: &mut tile, accumulate });
         });
         Ok(())
@@ -415,21 +438,20 @@ impl Model {
 
     /// Rows as experts take them.
     fn inputs(&self, x: &[f32], columns: usize, path: Path) -> OwnedInputs {
-        let row = |index: usize| &x[index * columns..][..columns];
         let (rows, dispatch) = (x.len() / columns, self.dispatch);
         match path {
             Path::Decode => {
                 let groups = fixed_groups(columns);
                 let mut fixed = vec![FixedGroup::ZERO; rows * groups];
-                each(&self.pool, &mut fixed, groups, &|index, out| {
-                    dispatch.run(ToFixed { x: row(index), out });
-                });
+                let vectors = x.par_chunks_exact(columns).zip(fixed.par_chunks_exact_mut(groups));
+                vectors.for_each(|(x, out)| dispatch.run(ToFixed { x, out }));
                 OwnedInputs::Fixed(fixed)
             }
             Path::Prefill => {
                 let groups = packed_groups(columns);
                 let mut ordered = vec![Group::ZERO; rows * groups];
-                each(&self.pool, &mut ordered, groups, &|index, out| to_packed(row(index), out));
+                let vectors = x.par_chunks_exact(columns).zip(ordered.par_chunks_exact_mut(groups));
+                vectors.for_each(|(x, out)| to_packed(x, out));
                 OwnedInputs::Ordered(ordered)
             }
         }

@@ -12,21 +12,9 @@ use crate::native::mxfp4::{BIASED, PackedRow, bf16_bytes};
 pub struct Avx2(());
 
 /// Runs a kernel with these instructions.
-///
-/// # Safety
-/// The processor has them.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
+pub fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx2(()))
-}
-
-/// An expression of intrinsics.
-macro_rules! here {
-    ($($body:tt)*) => {{
-        // SAFETY: an `Avx2` exists in `run` only, so the processor has the instructions. Pointers are made of slices
-        // whose length was checked just before.
-        unsafe { $($body)* }
-    }};
 }
 
 impl Simd for Avx2 {
@@ -34,109 +22,59 @@ impl Simd for Avx2 {
     const LANES: usize = 8;
     const TILE_TOKENS: usize = 2;
 
-    #[inline(always)]
-    fn splat(self, value: f32) -> __m256 {
-        here!(_mm256_set1_ps(value))
-    }
-
-    #[inline(always)]
-    fn load(self, from: &[f32]) -> __m256 {
-        let from = first::<8, _, _>(from);
-        here!(_mm256_loadu_ps(from))
+    expressions! {
+        f32 => __m256 {
+            splat(value) = _mm256_set1_ps(value);
+        }
+        &[f32] => __m256 {
+            load(from) = _mm256_loadu_ps(first::<8, _, _>(from));
+        }
+        __m256 => __m256 {
+            add(a, b) = _mm256_add_ps(a, b);
+            mul(a, b) = _mm256_mul_ps(a, b);
+            div(a, b) = _mm256_div_ps(a, b);
+            mul_add(a, b, c) = _mm256_fmadd_ps(a, b, c);
+            max(a, b) = _mm256_max_ps(a, b);
+            min(a, b) = _mm256_min_ps(a, b);
+            round(a) = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
+            power_of_two(n) = {
+                let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+            };
+        }
+        __m256 => f32 {
+            sum(a) = {
+                let four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+                let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+                _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+            };
+            largest(a) = {
+                let four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+                let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+                _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+            };
+        }
+        &[u8] => __m256 {
+            bf16_even(from) = {
+                let pairs = _mm256_loadu_si256(first::<32, _, _>(from));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs))
+            };
+            bf16_odd(from) = {
+                let pairs = _mm256_loadu_si256(first::<32, _, _>(from));
+                _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(!0xFFFF)))
+            };
+            bf16(from) = {
+                let values = _mm256_cvtepu16_epi32(_mm_loadu_si128(first::<16, _, _>(from)));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(values))
+            };
+            f16(from) = _mm256_cvtph_ps(_mm_loadu_si128(first::<16, _, _>(from)));
+        }
     }
 
     #[inline(always)]
     fn store(self, vector: __m256, to: &mut [f32]) {
         let to = to[..8].as_mut_ptr();
-        here!(_mm256_storeu_ps(to, vector))
-    }
-
-    #[inline(always)]
-    fn add(self, a: __m256, b: __m256) -> __m256 {
-        here!(_mm256_add_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn mul(self, a: __m256, b: __m256) -> __m256 {
-        here!(_mm256_mul_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn div(self, a: __m256, b: __m256) -> __m256 {
-        here!(_mm256_div_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn mul_add(self, a: __m256, b: __m256, c: __m256) -> __m256 {
-        here!(_mm256_fmadd_ps(a, b, c))
-    }
-
-    #[inline(always)]
-    fn max(self, a: __m256, b: __m256) -> __m256 {
-        here!(_mm256_max_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn min(self, a: __m256, b: __m256) -> __m256 {
-        here!(_mm256_min_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn round(self, a: __m256) -> __m256 {
-        here!(_mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a))
-    }
-
-    #[inline(always)]
-    fn power_of_two(self, n: __m256) -> __m256 {
-        here!({
-            let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
-        })
-    }
-
-    #[inline(always)]
-    fn sum(self, a: __m256) -> f32 {
-        here!({
-            let four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
-            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
-        })
-    }
-
-    #[inline(always)]
-    fn largest(self, a: __m256) -> f32 {
-        here!({
-            let four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
-            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
-        })
-    }
-
-    #[inline(always)]
-    fn bf16_even(self, from: &[u8]) -> __m256 {
-        let from = first::<32, _, _>(from);
-        here!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_loadu_si256(from))))
-    }
-
-    #[inline(always)]
-    fn bf16_odd(self, from: &[u8]) -> __m256 {
-        let from = first::<32, _, _>(from);
-        here!({
-            let upper = _mm256_set1_epi32(0xFFFF_0000_u32 as i32);
-            _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(from), upper))
-        })
-    }
-
-    #[inline(always)]
-    fn bf16(self, from: &[u8]) -> __m256 {
-        let from = first::<16, _, _>(from);
-        here!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from)))))
-    }
-
-    #[inline(always)]
-    fn f16(self, from: &[u8]) -> __m256 {
-        let from = first::<16, _, _>(from);
-        here!(_mm256_cvtph_ps(_mm_loadu_si128(from)))
+        instructions!(_mm256_storeu_ps(to, vector))
     }
 
     #[inline(always)]
@@ -151,7 +89,7 @@ impl Simd for Avx2 {
         for half in 0..2 {
             let exponents = [i16::from(scales[2 * half]) << 7, i16::from(scales[2 * half + 1]) << 7];
             let codes = first::<32, _, _>(&codes[32 * half..]);
-            here!({
+            instructions!({
                 let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(TABLE.as_ptr().cast()));
                 let exponents = _mm256_set_m128i(_mm_set1_epi16(exponents[1]), _mm_set1_epi16(exponents[0]));
                 let words = _mm256_loadu_si256(codes);
@@ -215,7 +153,7 @@ impl Avx2 {
     ) {
         let half = pair % 2;
         let units = [f32::from_bits(u32::from(scales[0]) << 23), f32::from_bits(u32::from(scales[1]) << 23)];
-        here!({
+        instructions!({
             let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(BIASED.as_ptr().cast()));
             let nibble = _mm256_set1_epi8(15);
             let ones = _mm256_set1_epi16(1);

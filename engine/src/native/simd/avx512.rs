@@ -12,21 +12,9 @@ use crate::native::mxfp4::{BIASED, PackedRow, bf16_codes, padded_scales};
 pub struct Avx512(());
 
 /// Runs a kernel with these instructions.
-///
-/// # Safety
-/// The processor has them.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
+pub fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx512(()))
-}
-
-/// An expression of intrinsics.
-macro_rules! here {
-    ($($body:tt)*) => {{
-        // SAFETY: an `Avx512` exists in `run` only, so the processor has the instructions. Pointers are made of slices
-        // whose length was checked just before; masked loads touch nothing beyond it.
-        unsafe { $($body)* }
-    }};
 }
 
 impl Simd for Avx512 {
@@ -34,98 +22,48 @@ impl Simd for Avx512 {
     const LANES: usize = 16;
     const TILE_TOKENS: usize = 5;
 
-    #[inline(always)]
-    fn splat(self, value: f32) -> __m512 {
-        here!(_mm512_set1_ps(value))
-    }
-
-    #[inline(always)]
-    fn load(self, from: &[f32]) -> __m512 {
-        let from = first::<16, _, _>(from);
-        here!(_mm512_loadu_ps(from))
+    expressions! {
+        f32 => __m512 {
+            splat(value) = _mm512_set1_ps(value);
+        }
+        &[f32] => __m512 {
+            load(from) = _mm512_loadu_ps(first::<16, _, _>(from));
+        }
+        __m512 => __m512 {
+            add(a, b) = _mm512_add_ps(a, b);
+            mul(a, b) = _mm512_mul_ps(a, b);
+            div(a, b) = _mm512_div_ps(a, b);
+            mul_add(a, b, c) = _mm512_fmadd_ps(a, b, c);
+            max(a, b) = _mm512_max_ps(a, b);
+            min(a, b) = _mm512_min_ps(a, b);
+            round(a) = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
+            power_of_two(n) = _mm512_scalef_ps(_mm512_set1_ps(1.0), n);
+        }
+        __m512 => f32 {
+            sum(a) = _mm512_reduce_add_ps(a);
+            largest(a) = _mm512_reduce_max_ps(a);
+        }
+        &[u8] => __m512 {
+            bf16_even(from) = {
+                let pairs = _mm512_loadu_si512(first::<64, _, _>(from));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs))
+            };
+            bf16_odd(from) = {
+                let pairs = _mm512_loadu_si512(first::<64, _, _>(from));
+                _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(!0xFFFF)))
+            };
+            bf16(from) = {
+                let values = _mm512_cvtepu16_epi32(_mm256_loadu_si256(first::<32, _, _>(from)));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(values))
+            };
+            f16(from) = _mm512_cvtph_ps(_mm256_loadu_si256(first::<32, _, _>(from)));
+        }
     }
 
     #[inline(always)]
     fn store(self, vector: __m512, to: &mut [f32]) {
         let to = to[..16].as_mut_ptr();
-        here!(_mm512_storeu_ps(to, vector))
-    }
-
-    #[inline(always)]
-    fn add(self, a: __m512, b: __m512) -> __m512 {
-        here!(_mm512_add_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn mul(self, a: __m512, b: __m512) -> __m512 {
-        here!(_mm512_mul_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn div(self, a: __m512, b: __m512) -> __m512 {
-        here!(_mm512_div_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
-        here!(_mm512_fmadd_ps(a, b, c))
-    }
-
-    #[inline(always)]
-    fn max(self, a: __m512, b: __m512) -> __m512 {
-        here!(_mm512_max_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn min(self, a: __m512, b: __m512) -> __m512 {
-        here!(_mm512_min_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn round(self, a: __m512) -> __m512 {
-        here!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a))
-    }
-
-    #[inline(always)]
-    fn power_of_two(self, n: __m512) -> __m512 {
-        here!(_mm512_scalef_ps(_mm512_set1_ps(1.0), n))
-    }
-
-    #[inline(always)]
-    fn sum(self, a: __m512) -> f32 {
-        here!(_mm512_reduce_add_ps(a))
-    }
-
-    #[inline(always)]
-    fn largest(self, a: __m512) -> f32 {
-        here!(_mm512_reduce_max_ps(a))
-    }
-
-    #[inline(always)]
-    fn bf16_even(self, from: &[u8]) -> __m512 {
-        let from = first::<64, _, _>(from);
-        here!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_loadu_si512(from))))
-    }
-
-    #[inline(always)]
-    fn bf16_odd(self, from: &[u8]) -> __m512 {
-        let from = first::<64, _, _>(from);
-        here!({
-            let upper = _mm512_set1_epi32(0xFFFF_0000_u32 as i32);
-            _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(from), upper))
-        })
-    }
-
-    #[inline(always)]
-    fn bf16(self, from: &[u8]) -> __m512 {
-        let from = first::<32, _, _>(from);
-        here!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from)))))
-    }
-
-    #[inline(always)]
-    fn f16(self, from: &[u8]) -> __m512 {
-        let from = first::<32, _, _>(from);
-        here!(_mm512_cvtph_ps(_mm256_loadu_si256(from)))
+        instructions!(_mm512_storeu_ps(to, vector))
     }
 
     #[inline(always)]
@@ -137,7 +75,7 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn decode_group(self, codes: &[u8; 64], scales: [u8; 4], out: &mut [[u8; 64]; 4]) {
         const TABLE: [u16; 32] = bf16_codes();
-        here!({
+        instructions!({
             let table = _mm512_loadu_si512(TABLE.as_ptr().cast());
             let magnitude = _mm512_set1_epi16(7);
             let words = _mm512_loadu_si512(codes.as_ptr().cast());
@@ -190,7 +128,7 @@ impl Simd for Avx512 {
             }
             for (((row, codes), scales), sums) in rows.iter().zip(codes).zip(scales).zip(&mut sums) {
                 self.prefetch(row.codes, 64 * group + PREFETCH);
-                let words = here!(_mm512_loadu_si512(codes[group].as_ptr().cast()));
+                let words = instructions!(_mm512_loadu_si512(codes[group].as_ptr().cast()));
                 self.fixed_group(words, scales[group], values, sums);
             }
         }
@@ -203,7 +141,7 @@ impl Simd for Avx512 {
             for (row, sums) in rows.iter().zip(&mut sums) {
                 let codes = &row.codes[64 * groups..][..rest];
                 let scales = padded_scales(&row.scales[4 * groups..]);
-                let words = here!(_mm512_maskz_loadu_epi8((1 << rest) - 1, codes.as_ptr().cast()));
+                let words = instructions!(_mm512_maskz_loadu_epi8((1 << rest) - 1, codes.as_ptr().cast()));
                 self.fixed_group(words, scales, values, sums);
             }
         }
@@ -221,7 +159,7 @@ impl Avx512 {
         x: [&FixedGroup; T],
         sums: &mut [__m512; T],
     ) {
-        here!({
+        instructions!({
             let table = _mm512_broadcast_i32x4(_mm_loadu_si128(BIASED.as_ptr().cast()));
             let nibble = _mm512_set1_epi8(15);
             let even = _mm512_shuffle_epi8(table, _mm512_and_si512(words, nibble));

@@ -8,6 +8,27 @@
 //! Level ── Dispatch::new, checks the processor ──► Dispatch ── run(kernel) ──► kernel.run(Avx512)
 //! ```
 
+/// Uses the instructions of a level.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! instructions {
+    ($($body:tt)*) => {{
+        // SAFETY: a value of a level's type exists in its `run` only, so the processor has the instructions. Pointers
+        // are made of slices whose length was checked just before; masked loads touch nothing beyond it.
+        unsafe { $($body)* }
+    }};
+}
+
+/// Those methods of a level that are an expression of its instructions each, by the types of arguments and result.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! expressions {
+    ($($from:ty => $to:ty { $($name:ident($($argument:ident),+) = $body:expr;)+ })+) => {$($(
+        #[inline(always)]
+        fn $name(self, $($argument: $from),+) -> $to {
+            instructions!($body)
+        }
+    )+)+};
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -183,8 +204,8 @@ pub trait Simd: Copy {
     ) -> [[f32; T]; R];
 }
 
-/// The first `N` elements, as a pointer to what intrinsics want.
-#[cfg(target_arch = "x86_64")]
+/// The first `N` elements, as a pointer to what instructions want.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
 fn first<const N: usize, T, P>(from: &[T]) -> *const P {
     from[..N].as_ptr().cast()

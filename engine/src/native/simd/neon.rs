@@ -2,7 +2,7 @@
 
 use std::arch::aarch64::*;
 
-use super::{Kernel, Simd, totals};
+use super::{Kernel, Simd, first, totals};
 use crate::native::fixed::FixedGroup;
 use crate::native::mxfp4::{DOUBLED, PackedRow, bf16_bytes};
 
@@ -11,27 +11,9 @@ use crate::native::mxfp4::{DOUBLED, PackedRow, bf16_bytes};
 pub struct Neon(());
 
 /// Runs a kernel with these instructions.
-///
-/// # Safety
-/// The processor has them.
 #[target_feature(enable = "neon")]
-pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
+pub fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Neon(()))
-}
-
-/// An expression of intrinsics.
-macro_rules! here {
-    ($($body:tt)*) => {{
-        // SAFETY: a `Neon` exists in `run` only, so the processor has the instructions. Pointers are made of slices
-        // whose length was checked just before.
-        unsafe { $($body)* }
-    }};
-}
-
-/// The first `N` elements, as a pointer.
-#[inline(always)]
-fn first<const N: usize, T>(from: &[T]) -> *const T {
-    from[..N].as_ptr()
 }
 
 impl Simd for Neon {
@@ -39,95 +21,50 @@ impl Simd for Neon {
     const LANES: usize = 4;
     const TILE_TOKENS: usize = 5;
 
-    #[inline(always)]
-    fn splat(self, value: f32) -> float32x4_t {
-        here!(vdupq_n_f32(value))
-    }
-
-    #[inline(always)]
-    fn load(self, from: &[f32]) -> float32x4_t {
-        let from = first::<4, _>(from);
-        here!(vld1q_f32(from))
+    expressions! {
+        f32 => float32x4_t {
+            splat(value) = vdupq_n_f32(value);
+        }
+        &[f32] => float32x4_t {
+            load(from) = vld1q_f32(first::<4, _, _>(from));
+        }
+        float32x4_t => float32x4_t {
+            add(a, b) = vaddq_f32(a, b);
+            mul(a, b) = vmulq_f32(a, b);
+            div(a, b) = vdivq_f32(a, b);
+            mul_add(a, b, c) = vfmaq_f32(c, a, b);
+            max(a, b) = vmaxq_f32(a, b);
+            min(a, b) = vminq_f32(a, b);
+            round(a) = vrndnq_f32(a);
+            power_of_two(n) = {
+                let biased = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
+                vreinterpretq_f32_s32(vshlq_n_s32::<23>(biased))
+            };
+        }
+        float32x4_t => f32 {
+            sum(a) = vaddvq_f32(a);
+            largest(a) = vmaxvq_f32(a);
+        }
+        &[u8] => float32x4_t {
+            bf16_even(from) = {
+                let pairs = vreinterpretq_u32_u8(vld1q_u8(first::<16, _, _>(from)));
+                vreinterpretq_f32_u32(vshlq_n_u32::<16>(pairs))
+            };
+            bf16_odd(from) = {
+                let pairs = vreinterpretq_u32_u8(vld1q_u8(first::<16, _, _>(from)));
+                vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xFFFF_0000)))
+            };
+            bf16(from) = {
+                let values = vmovl_u16(vreinterpret_u16_u8(vld1_u8(first::<8, _, _>(from))));
+                vreinterpretq_f32_u32(vshlq_n_u32::<16>(values))
+            };
+        }
     }
 
     #[inline(always)]
     fn store(self, vector: float32x4_t, to: &mut [f32]) {
         let to = to[..4].as_mut_ptr();
-        here!(vst1q_f32(to, vector))
-    }
-
-    #[inline(always)]
-    fn add(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
-        here!(vaddq_f32(a, b))
-    }
-
-    #[inline(always)]
-    fn mul(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
-        here!(vmulq_f32(a, b))
-    }
-
-    #[inline(always)]
-    fn div(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
-        here!(vdivq_f32(a, b))
-    }
-
-    #[inline(always)]
-    fn mul_add(self, a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
-        here!(vfmaq_f32(c, a, b))
-    }
-
-    #[inline(always)]
-    fn max(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
-        here!(vmaxq_f32(a, b))
-    }
-
-    #[inline(always)]
-    fn min(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
-        here!(vminq_f32(a, b))
-    }
-
-    #[inline(always)]
-    fn round(self, a: float32x4_t) -> float32x4_t {
-        here!(vrndnq_f32(a))
-    }
-
-    #[inline(always)]
-    fn power_of_two(self, n: float32x4_t) -> float32x4_t {
-        here!({
-            let biased = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
-            vreinterpretq_f32_s32(vshlq_n_s32::<23>(biased))
-        })
-    }
-
-    #[inline(always)]
-    fn sum(self, a: float32x4_t) -> f32 {
-        here!(vaddvq_f32(a))
-    }
-
-    #[inline(always)]
-    fn largest(self, a: float32x4_t) -> f32 {
-        here!(vmaxvq_f32(a))
-    }
-
-    #[inline(always)]
-    fn bf16_even(self, from: &[u8]) -> float32x4_t {
-        let from = first::<16, _>(from);
-        here!(vreinterpretq_f32_u32(vshlq_n_u32::<16>(vreinterpretq_u32_u8(vld1q_u8(from)))))
-    }
-
-    #[inline(always)]
-    fn bf16_odd(self, from: &[u8]) -> float32x4_t {
-        let from = first::<16, _>(from);
-        here!({
-            let upper = vdupq_n_u32(0xFFFF_0000);
-            vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u8(vld1q_u8(from)), upper))
-        })
-    }
-
-    #[inline(always)]
-    fn bf16(self, from: &[u8]) -> float32x4_t {
-        let from = first::<8, _>(from);
-        here!(vreinterpretq_f32_u32(vshlq_n_u32::<16>(vmovl_u16(vreinterpret_u16_u8(vld1_u8(from))))))
+        instructions!(vst1q_f32(to, vector))
     }
 
     #[inline(always)]
@@ -148,7 +85,7 @@ impl Simd for Neon {
     fn decode_group(self, codes: &[u8; 64], scales: [u8; 4], out: &mut [[u8; 64]; 4]) {
         const TABLE: [u8; 16] = bf16_bytes();
         for (block, (codes, scale)) in codes.as_chunks::<16>().0.iter().zip(scales).enumerate() {
-            here!({
+            instructions!({
                 let table = vld1q_u8(TABLE.as_ptr());
                 let exponents = vdupq_n_u16(u16::from(scale) << 7);
                 let mut nibbles = vreinterpretq_u16_u8(vld1q_u8(codes.as_ptr()));
@@ -198,7 +135,7 @@ impl Neon {
     ) {
         let (group, start) = (block / 4, block % 4 * 16);
         let unit = f32::from_bits(u32::from(scale) << 23);
-        here!({
+        instructions!({
             let table = vld1q_s8(DOUBLED.as_ptr());
             let bytes = vld1q_u8(codes.as_ptr());
             let even = vqtbl1q_s8(table, vandq_u8(bytes, vdupq_n_u8(15)));

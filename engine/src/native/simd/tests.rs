@@ -5,7 +5,6 @@ use crate::native::dense::{self, Bf16Matrix};
 use crate::native::fixed::{ToFixed, fixed_groups};
 use crate::native::mxfp4::{self, Inputs, PackedMatrix};
 use crate::native::order::{Group, dense_groups, packed_groups, to_dense, to_packed};
-use crate::native::pool::Pool;
 use crate::native::rows::{AddScaled, RmsNorm, SwiGlu};
 use crate::native::split::grid;
 
@@ -49,8 +48,8 @@ fn this_machine_runs_its_best_level() {
 fn products_with_bf16_are_those_of_float64() {
     let mut random = Random(1);
     for dispatch in levels() {
-        for (rows, columns, tokens, threads) in
-            [(1, 2, 1, 1), (4, 32, 1, 2), (7, 66, 5, 1), (9, 320, 6, 3), (12, 96, 13, 2), (5, 64, 200, 2)]
+        for (rows, columns, tokens) in
+            [(1, 2, 1), (4, 32, 1), (7, 66, 5), (9, 320, 6), (12, 96, 13), (5, 64, 200)]
         {
             let weights: Vec<half::bf16> =
                 (0..rows * columns).map(|_| half::bf16::from_f32(random.value())).collect();
@@ -64,7 +63,7 @@ fn products_with_bf16_are_those_of_float64() {
             assert_eq!(weight.rows(), rows);
             for accumulate in [false, true] {
                 let mut out = vec![10.0; tokens * rows];
-                grid(&Pool::new(threads), &mut out, rows, &[0, tokens], 5, &|_, mut tile| {
+                for (_, mut tile) in grid(&mut out, rows, &[0, tokens], 5) {
                     dispatch.run(dense::Product {
                         weight,
                         bias: &bias,
@@ -72,7 +71,7 @@ fn products_with_bf16_are_those_of_float64() {
                         out: &mut tile,
                         accumulate,
                     });
-                });
+                }
                 for (index, found) in out.into_iter().enumerate() {
                     let (token, row) = (index / rows, index % rows);
                     let products = weights[row * columns..][..columns].iter().zip(&x[token * columns..]);
