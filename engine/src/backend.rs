@@ -51,6 +51,7 @@ impl Backend {
                 backend: self,
                 name: "CPU".into(),
                 burn: burn::tensor::Device::flex(),
+                cube: None,
                 memory: available_host_memory(),
                 max_buffer: None,
                 floats: vec![Float::F32, Float::Bf16, Float::F16],
@@ -165,6 +166,7 @@ pub struct Device {
     backend: Backend,
     name: String,
     burn: burn::tensor::Device,
+    cube: Option<cubecl::Device>,
     memory: Option<u64>,
     max_buffer: Option<u64>,
     floats: Vec<Float>,
@@ -184,6 +186,11 @@ impl Device {
     /// Burn's handle, for tensors of one's own.
     pub fn burn(&self) -> &burn::tensor::Device {
         &self.burn
+    }
+
+    /// CubeCL's client, for kernels of one's own; `None` of the processor.
+    pub fn client(&self) -> Option<cubecl::client::Client> {
+        self.cube.as_ref().map(cubecl::Device::client)
     }
 
     /// Bytes of memory: what the host has available, or all of a GPU's. `None` where the driver does not say.
@@ -209,7 +216,16 @@ impl Device {
         self.burn.sync().map_err(|error| Error::Device(format!("{error:?}")))
     }
 
-    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    /// Bytes per second that a large copy reads and writes, the median of five: what every other kernel is measured by. `None` of
+    /// the processor.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the device fails.
+    pub fn copy_rate(&self) -> Result<Option<f64>> {
+        let Some(client) = self.client() else { return Ok(None) };
+        Ok(Some(crate::kernels::copy::rate(&client)?))
+    }
+
     fn of_cube(backend: Backend, cube: &cubecl::Device, burn: burn::tensor::Device) -> Device {
         let client = cube.client();
         let properties = client.properties();
@@ -223,12 +239,12 @@ impl Device {
             max_buffer: Some(properties.memory.max_page_size),
             floats,
             burn,
+            cube: Some(cube.clone()),
         }
     }
 }
 
 /// Opening a device may panic inside a driver's loader; to a caller that is a device that is not there.
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 fn guarded<T>(
     backend: Backend,
     open: impl FnOnce() -> Result<T, String> + std::panic::UnwindSafe,

@@ -84,6 +84,18 @@ pub enum Error {
     /// A conversation could not be rendered.
     #[error(transparent)]
     Harmony(#[from] crate::harmony::Error),
+    /// A tensor or an option that an operation of [`crate::extension`] cannot take.
+    #[error("{operation}: {argument} is {found}, needed {needed}")]
+    Argument {
+        /// The operation.
+        operation: &'static str,
+        /// The name of the argument.
+        argument: &'static str,
+        /// What it is.
+        found: String,
+        /// What it has to be.
+        needed: String,
+    },
     /// The device failed.
     #[error("the device failed: {0}")]
     Device(String),

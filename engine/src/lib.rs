@@ -7,8 +7,9 @@
 //!                    │
 //!   kernels ───────► nn        building blocks of plain tensors: attention, caches, RoPE, MXFP4 layers, experts
 //!        │           │
-//!        └─► gpu     │  native   runtimes of their own: GPUs (not yet behind gpt_oss), the processor
-//!                    │   │
+//!        ├─► extension   the operations for any program on Burn: mxfp4_linear, moe, sink_attention
+//!        └─► gpu     │  native   runtimes of their own: GPUs, the processor
+//!             └─────┐│┌──┘
 //!   formats ───► gpt_oss       loading, the model, sessions, generation ◄─── sampling
 //!                    │
 //!                 harmony      conversations ⇄ tokens
@@ -19,12 +20,13 @@
 //! | module | depends on |
 //! |---|---|
 //! | [`error`], [`backend`] | nothing |
-//! | [`kernels`] | `formats` for the decoding of MXFP4 on the processor |
+//! | [`kernels`] | [`error`], `formats` for the decoding of MXFP4 on the processor |
 //! | [`native`], [`gpu`] | `formats`, [`gpt_oss::Config`], [`kernels`] |
 //! | [`nn`] | [`kernels`], [`backend`] |
-//! | [`gpt_oss`] | [`nn`], [`native`], [`sampling`], `formats` |
+//! | [`extension`] | [`nn`], [`kernels`] |
+//! | [`gpt_oss`] | [`nn`], [`native`], [`gpu`], [`sampling`], `formats` |
 //! | [`harmony`] | `formats` for the vocabulary, the crate `openai-harmony` |
-//! | [`demo`], [`selftest`] | [`gpt_oss`], and the files of `fixtures` that they embed |
+//! | [`demo`], [`selftest`] | [`gpt_oss`], [`kernels`], and the files of `fixtures` that they embed |
 //!
 //! What a model needs is decided once, from the header: [`gpt_oss::Residency`] says what will reside where and refuses
 //! what cannot fit, [`gpt_oss::Model`] then loads exactly that. [`gpt_oss::Session`] is one sequence of tokens, and
@@ -33,8 +35,8 @@
 pub mod backend;
 pub mod demo;
 pub mod error;
+pub mod extension;
 pub mod gpt_oss;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub mod gpu;
 pub mod harmony;
 pub mod kernels;

@@ -2,7 +2,7 @@
 //!
 //! A small model and what OpenAI's `gpt_oss/torch/model.py` computed with it are part of this crate
 //! (`fixtures/gpt-oss`, case `two-blocks`: window crossed, two groups of heads, eight experts). Running it on a device tells
-//! a broken driver from a model that says strange things.
+//! a broken driver from a model that says strange things. Every kernel can be checked by itself too, which says where it is broken.
 
 use std::{env, fs};
 
@@ -15,7 +15,8 @@ use crate::backend::{Backend, Device, Float};
 use crate::error::{Error, Result};
 use crate::gpt_oss::model::read;
 use crate::gpt_oss::{LoadOptions, Model, Sequence, Session, Trace};
-use crate::sampling::{Options, Sampler};
+use crate::kernels::check::{self, Checked};
+use crate::sampling::{self, Sampler};
 
 /// The model and its trace.
 const FILES: [(&str, &[u8]); 3] = [
@@ -35,29 +36,45 @@ const DRAWS: usize = 32;
 /// How many of them, as a fraction, may differ from the processor's.
 const DRAW_BOUND: f64 = 0.02;
 
+/// What to check.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Also every kernel by itself, in every variant that the device can run ([`crate::kernels::check`]). Takes a minute in
+    /// software.
+    pub kernels: bool,
+}
+
 /// What a device was found to compute.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Report {
     /// Name and backend.
     pub device: String,
-    /// One line for each way of computing.
+    /// One line for each way of computing, and for each kernel.
     pub checks: Vec<Check>,
 }
 
-/// One way of computing the trace.
+/// One way of computing the trace, or one kernel.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Check {
     /// What was computed.
     pub name: String,
-    /// The tensor that comes closest to its bound, or passes it.
+    /// The tensor, or the case of a kernel, that comes closest to its bound or passes it.
     pub worst_tensor: String,
     /// Its error.
     pub error: f64,
     /// What the error may be.
     pub bound: f64,
+    /// Why there is nothing to compare.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure: Option<String>,
 }
 
 impl Check {
+    fn failed(name: String, failure: &Error) -> Check {
+        let failure = Some(failure.to_string());
+        Check { name, worst_tensor: String::new(), error: f64::INFINITY, bound: 0.0, failure }
+    }
+
     /// Whether every tensor is within its bound.
     pub fn passed(&self) -> bool {
         self.error <= self.bound
@@ -72,11 +89,41 @@ impl Report {
 }
 
 /// Runs the trace on a device: in f32 with packed and with dequantised experts, by the processor's own runtime, token by
-/// token, in each half precision that the device has, and as models are loaded on it by default; and draws tokens there.
+/// token, in each half precision that the device has, and as models are loaded on it by default; and draws tokens there. Then
+/// the kernels, if they are wanted: one that fails is a check that fails.
 ///
 /// # Errors
 /// [`Error::Device`] where the device fails outright, [`Error::Format`] where the temporary folder cannot be written.
-pub fn run(device: &Device) -> Result<Report> {
+pub fn run(device: &Device, options: Options) -> Result<Report> {
+    let mut checks = match compute_trace(device) {
+        Ok(checks) => checks,
+        // The kernels may tell why.
+        Err(error) if options.kernels => vec![Check::failed("the model of the trace".into(), &error)],
+        Err(error) => return Err(error),
+    };
+    if options.kernels {
+        checks.extend(check::of_tensors(device.burn()).map(of_kernel));
+        checks.extend(device.client().iter().flat_map(check::all).map(of_kernel));
+    }
+    Ok(Report { device: format!("{} ({})", device.name(), device.backend()), checks })
+}
+
+/// What became of a kernel: its worst case.
+fn of_kernel((kernel, checked): Checked) -> Check {
+    let name = format!("kernel {kernel}");
+    match checked {
+        Ok(found) => {
+            let cases = found.len();
+            let errors = found.into_iter().map(|found| Ok((found.case, found.error, found.bound)));
+            worst(format!("{name}, {cases} comparisons"), errors)
+                .unwrap_or_else(|error| Check::failed(name, &error))
+        }
+        Err(error) => Check::failed(name, &error),
+    }
+}
+
+/// Every way of computing the trace.
+fn compute_trace(device: &Device) -> Result<Vec<Check>> {
     let folder = TemporaryFolder::create_in(&env::temp_dir())?;
     for (name, bytes) in FILES {
         let path = folder.path().join(name);
@@ -124,7 +171,7 @@ pub fn run(device: &Device) -> Result<Report> {
         checks.push(worst(format!("{name}, packed experts"), errors)?);
     }
     checks.push(drawing(device, &values(&trace, "logits")?)?);
-    Ok(Report { device: format!("{} ({})", device.name(), device.backend()), checks })
+    Ok(checks)
 }
 
 /// Every tensor of the trace in the order of the computation, by its name there.
@@ -152,10 +199,10 @@ fn drawing(device: &Device, logits: &[f64]) -> Result<Check> {
     let logits: Vec<f32> = logits.iter().map(|&logit| logit as f32).collect();
     let tensor = Tensor::<1>::from_data(logits.as_slice(), device.burn());
     let ways = [
-        Options::greedy(),
-        Options { top_k: 40, ..Options::default() },
-        Options { top_p: 0.9, temperature: 0.8, ..Options::default() },
-        Options { min_p: 0.05, repetition_penalty: 1.2, ..Options::default() },
+        sampling::Options::greedy(),
+        sampling::Options { top_k: 40, ..Default::default() },
+        sampling::Options { top_p: 0.9, temperature: 0.8, ..Default::default() },
+        sampling::Options { min_p: 0.05, repetition_penalty: 1.2, ..Default::default() },
     ];
     let mut wrong = 0;
     for options in &ways {
@@ -168,19 +215,25 @@ fn drawing(device: &Device, logits: &[f64]) -> Result<Check> {
         }
     }
     let error = wrong as f64 / (DRAWS * ways.len()) as f64;
-    Ok(Check { name: "drawing tokens".into(), worst_tensor: "tokens".into(), error, bound: DRAW_BOUND })
+    let name = "drawing tokens".into();
+    Ok(Check { name, worst_tensor: "tokens".into(), error, bound: DRAW_BOUND, failure: None })
 }
 
 /// The check whose tensor comes closest to its bound.
 fn worst(name: String, errors: impl Iterator<Item = Result<(String, f64, f64)>>) -> Result<Check> {
-    let mut check = Check { name, worst_tensor: String::new(), error: 0.0, bound: 1.0 };
+    let mut check = Check { name, worst_tensor: String::new(), error: 0.0, bound: 1.0, failure: None };
     for found in errors {
         let (tensor, error, bound) = found?;
-        if check.worst_tensor.is_empty() || error / bound > check.error / check.bound {
+        if check.worst_tensor.is_empty() || badness(error, bound) > badness(check.error, check.bound) {
             check = Check { worst_tensor: tensor, error, bound, ..check };
         }
     }
     Ok(check)
+}
+
+/// An error in bounds, of which what must be exact has none.
+fn badness(error: f64, bound: f64) -> f64 {
+    if error == 0.0 { 0.0 } else { error / bound }
 }
 
 /// Infinite where anything is not finite.

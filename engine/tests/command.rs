@@ -630,10 +630,13 @@ fn parity_refuses_what_cannot_be_compared() {
 
 #[test]
 fn the_processor_can_be_trusted() {
-    let document = json_of(0, &["selftest", "--backend", "cpu", "--json", "-q"]);
+    let document = json_of(0, &["selftest", "--all", "--backend", "cpu", "--json", "-q"]);
     assert_eq!(document["trusted"], true);
     let checks = document["backends"][0]["report"]["checks"].as_array().unwrap();
     assert!(checks.len() >= 4, "{document}");
+    for kernel in ["kernel mxfp4", "kernel product"] {
+        assert!(checks.iter().any(|check| check["name"].as_str().unwrap().starts_with(kernel)), "{document}");
+    }
     for check in checks {
         assert!(check["error"].as_f64().unwrap() <= check["bound"].as_f64().unwrap(), "{check}");
     }
@@ -656,10 +659,11 @@ fn wgpu_agrees_with_the_processor() {
 #[test]
 fn bench_and_info_are_for_programs_too() {
     let small = small();
-    let flags = ["--prompt", "8,16", "--generate", "4", "--runs", "2", "--json", "-q"];
+    let flags = ["--prompt", "8,16", "--batch", "1,3", "--generate", "4", "--runs", "2", "--json", "-q"];
     let document = json_of(0, &[&["bench", "-m", &small], &flags[..]].concat());
     let rows = document["rows"].as_array().unwrap();
-    assert_eq!(rows.iter().map(|row| row["prompt"].as_u64().unwrap()).collect::<Vec<_>>(), [8, 16]);
+    let numbers = |key: &str| rows.iter().map(|row| row[key].as_u64().unwrap()).collect::<Vec<_>>();
+    assert_eq!((numbers("prompt"), numbers("batch")), (vec![8, 8, 16, 16], vec![1, 3, 1, 3]));
     for row in rows {
         assert_eq!(row["decode_tokens_per_second"].as_array().unwrap().len(), 2);
         assert!(
@@ -667,6 +671,7 @@ fn bench_and_info_are_for_programs_too() {
         );
     }
     expect(2, &["bench", "-m", &small, "--runs", "0", "-q"]);
+    expect(2, &["bench", "-m", &small, "--batch", "33", "-q"]);
     expect(2, &["bench", "-m", &small, "--prompt", "64", "--context", "32", "-q"]);
     let document = json_of(0, &["info", "-m", &small, "--json", "-q"]);
     assert_eq!(document["model"]["config"]["num_blocks"], 2);

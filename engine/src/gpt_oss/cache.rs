@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 
+use crate::backend::Float;
 use crate::error::{Error, Result};
-use crate::native;
 use crate::nn::cache::{self, KvCache};
+use crate::{gpu, native};
 
 /// Keys and values of one sequence. A clone is independent and shares what neither has changed.
 #[derive(Clone, Debug)]
@@ -13,6 +14,8 @@ pub enum Cache {
     Plain(KvCache),
     /// Of the processor's own runtime.
     Native(native::Cache),
+    /// Of the runtime of GPUs.
+    Gpu(gpu::Cache),
 }
 
 /// What going back to a length of a cache takes.
@@ -22,6 +25,8 @@ pub enum Snapshot {
     Plain(cache::Snapshot),
     /// Pages, which sequences own together.
     Native(native::Cache),
+    /// Pages on a GPU.
+    Gpu(gpu::Cache),
 }
 
 impl Cache {
@@ -30,6 +35,7 @@ impl Cache {
         match self {
             Cache::Plain(cache) => cache.len(),
             Cache::Native(cache) => cache.len(),
+            Cache::Gpu(cache) => cache.len(),
         }
     }
 
@@ -46,6 +52,7 @@ impl Cache {
         match self {
             Cache::Plain(cache) => cache.next(tokens),
             Cache::Native(cache) => cache.next(tokens),
+            Cache::Gpu(cache) => cache.next(tokens),
         }
     }
 
@@ -54,6 +61,7 @@ impl Cache {
         match self {
             Cache::Plain(cache) => Snapshot::Plain(cache.snapshot()),
             Cache::Native(cache) => Snapshot::Native(cache.clone()),
+            Cache::Gpu(cache) => Snapshot::Gpu(cache.clone()),
         }
     }
 
@@ -65,23 +73,22 @@ impl Cache {
         match (self, snapshot) {
             (Cache::Plain(cache), Snapshot::Plain(snapshot)) => cache.restore(snapshot),
             (Cache::Native(cache), Snapshot::Native(snapshot)) => cache.clone_from(snapshot),
+            (Cache::Gpu(cache), Snapshot::Gpu(snapshot)) => cache.clone_from(snapshot),
             _ => return Err(Error::Cache),
         }
         Ok(())
     }
 
     pub(super) fn plain(&mut self) -> Result<&mut KvCache> {
-        match self {
-            Cache::Plain(cache) => Ok(cache),
-            Cache::Native(_) => Err(Error::Cache),
-        }
+        if let Cache::Plain(cache) = self { Ok(cache) } else { Err(Error::Cache) }
     }
 
     pub(super) fn native(&mut self) -> Result<&mut native::Cache> {
-        match self {
-            Cache::Native(cache) => Ok(cache),
-            Cache::Plain(_) => Err(Error::Cache),
-        }
+        if let Cache::Native(cache) = self { Ok(cache) } else { Err(Error::Cache) }
+    }
+
+    pub(super) fn gpu(&mut self) -> Result<&mut gpu::Cache> {
+        if let Cache::Gpu(cache) = self { Ok(cache) } else { Err(Error::Cache) }
     }
 }
 
@@ -91,11 +98,67 @@ impl Snapshot {
         match self {
             Snapshot::Plain(snapshot) => snapshot.len(),
             Snapshot::Native(cache) => cache.len(),
+            Snapshot::Gpu(cache) => cache.len(),
         }
     }
 
     /// Whether it was taken of an empty cache.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+}
+
+/// The sizes of caches.
+pub(super) enum CacheLayout {
+    Plain(cache::CacheLayout),
+    Native(native::CacheLayout),
+    Gpu(gpu::CacheLayout),
+}
+
+impl CacheLayout {
+    /// The type of keys and values.
+    pub fn float(&self) -> Float {
+        match self {
+            CacheLayout::Plain(layout) => layout.float,
+            CacheLayout::Native(layout) => layout.element,
+            CacheLayout::Gpu(_) => Float::F16,
+        }
+    }
+
+    /// Bytes of a cache of `tokens` tokens.
+    pub fn bytes(&self, tokens: usize) -> u64 {
+        match self {
+            CacheLayout::Plain(layout) => layout.bytes(tokens),
+            CacheLayout::Native(layout) => layout.bytes(tokens),
+            CacheLayout::Gpu(layout) => layout.bytes(tokens),
+        }
+    }
+
+    /// Bytes that a snapshot may come to cost.
+    pub fn snapshot_bytes(&self) -> u64 {
+        match self {
+            CacheLayout::Plain(layout) => layout.snapshot_bytes(),
+            CacheLayout::Native(layout) => layout.snapshot_bytes(),
+            CacheLayout::Gpu(layout) => layout.snapshot_bytes(),
+        }
+    }
+
+    /// Bytes of the largest buffer of a cache of `tokens` tokens.
+    pub fn largest_buffer(&self, tokens: usize) -> u64 {
+        match self {
+            CacheLayout::Plain(layout) => layout.token() / 2 * tokens as u64,
+            CacheLayout::Native(layout) => layout.page_bytes() as u64,
+            CacheLayout::Gpu(layout) => layout.largest_buffer(tokens),
+        }
+    }
+
+    /// Tokens, `context` at most, of the longest cache of at most so many bytes.
+    pub fn longest(&self, context: usize, bytes: u64) -> usize {
+        let (mut fits, mut exceeds) = (0, context + 1);
+        while exceeds - fits > 1 {
+            let middle = fits.midpoint(exceeds);
+            if self.bytes(middle) <= bytes { fits = middle } else { exceeds = middle }
+        }
+        fits
     }
 }

@@ -5,9 +5,7 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::Tensor;
 
-use super::model::read;
 use super::session::Session;
-use crate::backend::Backend;
 use crate::error::Result;
 use crate::sampling::{self, Sampled, Sampler};
 
@@ -69,37 +67,38 @@ pub struct Outcome {
 /// for options that make no sense, [`Error::Sampling`](crate::Error::Sampling) where no token can be drawn.
 pub fn generate(
     session: &mut Session<'_>,
-    mut logits: Tensor<1>,
+    logits: Tensor<1>,
     request: &Request,
     each: &mut dyn FnMut(&Step) -> ControlFlow<()>,
 ) -> Result<Outcome> {
     let start = Instant::now();
     let mut sampler = Sampler::new(request.sampling.clone())?;
     sampler.extend_prompt(session.tokens());
-    let on_processor = session.model().device().backend() == Backend::Cpu;
     let mut tokens = Vec::new();
     if request.max_tokens == 0 {
         return Ok(Outcome { tokens, stop: Stop::MaxTokens, elapsed: start.elapsed() });
     }
-    let stop = loop {
-        let sampled =
-            if on_processor { sampler.sample(&read(logits)?)? } else { sampler.sample_tensor(logits)? };
+    // What ends it all after a token, if anything does.
+    let mut show = |sampled: Sampled| {
         let step = Step { token: sampled.token, sampled, index: tokens.len() };
         tokens.push(step.token);
         let goes_on = each(&step);
-        if request.stop.contains(&step.token) {
-            break Stop::Token(step.token);
+        match goes_on {
+            _ if request.stop.contains(&step.token) => Some(Stop::Token(step.token)),
+            ControlFlow::Break(()) => Some(Stop::Cancelled),
+            ControlFlow::Continue(()) => None,
         }
-        if goes_on.is_break() {
-            break Stop::Cancelled;
-        }
-        if tokens.len() == request.max_tokens {
-            break Stop::MaxTokens;
-        }
-        if session.room() == 0 {
-            break Stop::ContextFull;
-        }
-        logits = session.advance(&[step.token])?;
     };
+    let first = session.model().draw(&mut [&mut sampler], logits.unsqueeze())?.remove(0);
+    let token = first.token;
+    let mut stop = show(first);
+    let (wanted, room) = (request.max_tokens - 1, session.room());
+    if stop.is_none() {
+        session.decode(&mut sampler, token, wanted.min(room), &mut |sampled| {
+            stop = show(sampled);
+            if stop.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })?;
+    }
+    let stop = stop.unwrap_or(if wanted <= room { Stop::MaxTokens } else { Stop::ContextFull });
     Ok(Outcome { tokens, stop, elapsed: start.elapsed() })
 }

@@ -7,23 +7,24 @@ use formats::progress::Progress;
 
 use burn::tensor::{DType, Tensor, TensorData};
 
+use super::cache::CacheLayout;
 use super::config::Config;
 use super::plain::{Block, Model};
 use crate::backend::{Backend, Device, Float};
 use crate::error::{Error, Result};
-use crate::nn::cache::CacheLayout;
 use crate::nn::embedding::TokenTable;
 use crate::nn::linear::{Linear, as_type};
 use crate::nn::moe::{ExpertLinear, Moe, Router};
 use crate::nn::mxfp4::Mxfp4Linear;
 use crate::nn::norm::RmsNorm;
 use crate::nn::rope::Frequencies;
+use crate::{gpu, native, nn};
 
 /// How a model resides and computes. `None` leaves the choice to the device.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LoadOptions {
     /// Whether plain tensor operations compute it, the reference, also where there is a faster runtime. So they do where
-    /// `activations`, `weights` or `dequantize` ask for it.
+    /// `activations`, `weights`, `dequantize` or, on a GPU, a `cache` of another type than f16 ask for it.
     pub plain_tensors: bool,
     /// The type of the factors of products of plain tensors (default: bf16 on CUDA, f32 elsewhere). Sums, norms, softmax
     /// and the residual stream are f32 always.
@@ -48,6 +49,10 @@ pub(super) enum Types {
     /// The processor's own runtime, from weights as they are stored.
     Native {
         cache: Float,
+        context: usize,
+    },
+    /// The runtime of GPUs: the same weights, f16 caches.
+    Gpu {
         context: usize,
     },
     Plain(PlainTypes),
@@ -76,8 +81,12 @@ impl LoadOptions {
         }
         let plain =
             self.plain_tensors || self.activations.is_some() || self.weights.is_some() || self.dequantize;
+        let cache = self.cache.unwrap_or(Float::F16);
         if device.backend() == Backend::Cpu && !plain {
-            return Ok(Types::Native { cache: self.cache.unwrap_or(Float::F16), context });
+            return Ok(Types::Native { cache, context });
+        }
+        if !plain && cache == Float::F16 && gpu::runs(config, device) {
+            return Ok(Types::Gpu { context });
         }
         let on_cuda = device.backend() == Backend::Cuda;
         let activations = self.activations.unwrap_or(if on_cuda { Float::Bf16 } else { Float::F32 });
@@ -102,15 +111,31 @@ impl Types {
     /// The largest number of tokens of a sequence.
     pub(super) fn context(&self) -> usize {
         match self {
-            Types::Native { context, .. } => *context,
+            Types::Native { context, .. } | Types::Gpu { context } => *context,
             Types::Plain(types) => types.context,
         }
     }
 
     pub(super) fn cache_layout(&self, config: &Config) -> CacheLayout {
-        match self {
-            Types::Native { cache, context } => CacheLayout::of(config, *cache, *context),
-            Types::Plain(types) => CacheLayout::of(config, types.cache, types.context),
+        match *self {
+            Types::Native { cache, context } => {
+                CacheLayout::Native(native::CacheLayout::of(config, cache, context))
+            }
+            Types::Gpu { .. } => CacheLayout::Gpu(gpu::CacheLayout::of(config)),
+            Types::Plain(types) => CacheLayout::Plain(types.cache_layout(config)),
+        }
+    }
+}
+
+impl PlainTypes {
+    fn cache_layout(&self, config: &Config) -> nn::cache::CacheLayout {
+        let window = |block| config.window(block).map(|window| window.min(self.context));
+        nn::cache::CacheLayout {
+            kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+            float: self.cache,
+            context: self.context,
+            windows: (0..config.num_blocks).map(window).collect(),
         }
     }
 }
@@ -135,7 +160,7 @@ impl Model {
         device.sync()?;
         Ok(Model {
             rope: Frequencies::yarn(&config.yarn(), config.head_dim),
-            cache_layout: CacheLayout::of(config, types.cache, types.context).into(),
+            cache_layout: types.cache_layout(config).into(),
             device: device.clone(),
             config: config.clone(),
             embedding,

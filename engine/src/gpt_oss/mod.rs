@@ -29,6 +29,6 @@ pub use cache::Cache;
 pub use config::Config;
 pub use generate::{Outcome, Request, Step, Stop, generate};
 pub use load::LoadOptions;
-pub use model::{Model, Sequence, Trace};
+pub use model::{Model, Sequence, Stream, Trace};
 pub use residency::Residency;
 pub use session::{Advance, Session};

@@ -2,6 +2,7 @@
 //!
 //! | runtime | where | what it computes with |
 //! |---|---|---|
+//! | [`crate::gpu`] | GPUs | kernels of our own, a step of decoding as one graph |
 //! | [`crate::native`] | processor | weights as they lie in the file, vector instructions |
 //! | `plain` | everywhere | Burn's tensor operations in any types: the reference |
 
@@ -17,10 +18,11 @@ use super::config::Config;
 use super::load::{LoadOptions, Types};
 use super::plain;
 use super::residency::Residency;
-use crate::backend::{Device, Float};
+use crate::backend::{Backend, Device, Float};
 use crate::error::{Error, Result};
-use crate::native;
 use crate::nn::linear::as_type;
+use crate::sampling::{Sampled, Sampler, sample_batch};
+use crate::{gpu, native};
 
 /// GPT-OSS on a device.
 pub struct Model {
@@ -34,6 +36,7 @@ pub struct Model {
 enum Runtime {
     Plain(Box<plain::Model>),
     Native(Box<native::Model>),
+    Gpu(Box<gpu::Model>),
 }
 
 /// New tokens of one sequence and the cache of those before.
@@ -42,6 +45,16 @@ pub struct Sequence<'a> {
     pub cache: &'a mut Cache,
     /// At least one.
     pub tokens: &'a [u32],
+}
+
+/// A sequence that draws its tokens.
+pub struct Stream<'a> {
+    /// Keys and values of the tokens before `token`.
+    pub cache: &'a mut Cache,
+    /// The next token to be fed.
+    pub token: u32,
+    /// What draws the tokens after it.
+    pub sampler: &'a mut Sampler,
 }
 
 /// What a forward pass leaves behind on its way, for comparisons with a reference.
@@ -97,6 +110,10 @@ impl Model {
                 let model = native::Model::new(Arc::new(stored.clone()), config.clone(), &options)?;
                 Runtime::Native(Box::new(model))
             }
+            Types::Gpu { context } => {
+                let client = device.client().ok_or_else(|| Error::Device("it has no kernels".into()))?;
+                Runtime::Gpu(Box::new(gpu::Model::load(stored, &config, context, client, progress)?))
+            }
             Types::Plain(types) => {
                 Runtime::Plain(Box::new(plain::Model::load(stored, &config, types, device, progress)?))
             }
@@ -124,6 +141,7 @@ impl Model {
         match &self.runtime {
             Runtime::Plain(model) => Cache::Plain(model.new_cache()),
             Runtime::Native(model) => Cache::Native(model.new_cache()),
+            Runtime::Gpu(model) => Cache::Gpu(model.new_cache()),
         }
     }
 
@@ -169,14 +187,29 @@ impl Model {
                 *trace = self.traced(found);
                 Ok(self.rows(x))
             }
+            Runtime::Gpu(model) => {
+                let mut found = native::Trace::default();
+                let mut rows = Vec::new();
+                for Sequence { cache, tokens } in batch.iter_mut() {
+                    let traced = trace.is_some().then_some(&mut found);
+                    rows.extend(model.forward(Cache::gpu(cache)?, tokens, traced)?);
+                }
+                if let Some(trace) = trace {
+                    *trace = self.traced(found);
+                }
+                Ok(self.rows(rows))
+            }
         }
     }
 
-    /// f32 rows as a tensor `[rows, embedding_dim]`.
-    fn rows(&self, values: Vec<f32>) -> Tensor<2> {
-        let width = self.config.embedding_dim;
+    /// f32 rows as a tensor `[rows, width]`.
+    fn tensor(&self, values: Vec<f32>, width: usize) -> Tensor<2> {
         let rows = values.len() / width;
         Tensor::from_data(TensorData::new(values, [rows, width]), self.device.burn())
+    }
+
+    fn rows(&self, values: Vec<f32>) -> Tensor<2> {
+        self.tensor(values, self.config.embedding_dim)
     }
 
     fn traced(&self, found: native::Trace) -> Trace {
@@ -203,13 +236,102 @@ impl Model {
     pub fn unembed(&self, x: Tensor<2>) -> Result<Tensor<2>> {
         match &self.runtime {
             Runtime::Plain(model) => Ok(model.unembed(x)),
-            Runtime::Native(model) => {
-                let [rows, _] = x.dims();
-                let logits = model.unembed(&read(x)?)?;
-                let shape = [rows, self.config.vocabulary];
-                Ok(Tensor::from_data(TensorData::new(logits, shape), self.device.burn()))
+            Runtime::Native(model) => Ok(self.tensor(model.unembed(&read(x)?)?, self.config.vocabulary)),
+            Runtime::Gpu(model) => Ok(self.tensor(model.unembed(&read(x)?)?, self.config.vocabulary)),
+        }
+    }
+
+    /// Waits until everything that was asked of the device is done.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where something failed.
+    pub fn sync(&self) -> Result<()> {
+        match &self.runtime {
+            Runtime::Gpu(model) => model.sync(),
+            Runtime::Plain(_) | Runtime::Native(_) => self.device.sync(),
+        }
+    }
+
+    /// Adds a token to each of some sequences: f32 `[sequences, vocabulary]`, the logits that follow.
+    ///
+    /// # Errors
+    /// As [`Model::forward`]; GPUs take [`gpu::MOST_SEQUENCES`] at a time, more are an [`Error::Model`].
+    pub fn step(&self, batch: &mut [(&mut Cache, u32)]) -> Result<Tensor<2>> {
+        if let Runtime::Gpu(model) = &self.runtime {
+            let mut batch: Vec<_> =
+                batch.iter_mut().map(|(cache, token)| Ok((cache.gpu()?, *token))).collect::<Result<_>>()?;
+            return Ok(self.tensor(model.step(&mut batch)?, self.config.vocabulary));
+        }
+        let mut batch: Vec<_> = batch
+            .iter_mut()
+            .map(|(cache, token)| Sequence { cache, tokens: std::slice::from_ref(token) })
+            .collect();
+        let x = self.forward(&mut batch, None)?;
+        self.unembed(x)
+    }
+
+    /// Feeds each sequence its token and draws the next, which `each` gets, up to `most` times or until `each` breaks; then the last
+    /// tokens drawn are those of `streams` and not in the caches. The fastest way to generate: on a GPU the tokens are drawn where
+    /// the logits are, and the host reads nothing else.
+    ///
+    /// # Errors
+    /// As [`Model::step`], and [`Error::Sampling`] where no token can be drawn.
+    pub fn decode(
+        &self,
+        streams: &mut [Stream<'_>],
+        most: usize,
+        each: &mut dyn FnMut(Vec<Sampled>) -> ControlFlow<()>,
+    ) -> Result<()> {
+        if let Runtime::Gpu(model) = &self.runtime
+            && streams.iter().all(|stream| gpu::draws(stream.sampler.options()))
+        {
+            let mut of_gpu: Vec<_> = streams
+                .iter_mut()
+                .map(|Stream { cache, token, sampler }| {
+                    Ok(gpu::Stream { cache: cache.gpu()?, token: *token, sampler })
+                })
+                .collect::<Result<_>>()?;
+            let decoded = model.decode(&mut of_gpu, most, each);
+            let tokens: Vec<u32> = of_gpu.iter().map(|stream| stream.token).collect();
+            streams.iter_mut().zip(tokens).for_each(|(stream, token)| stream.token = token);
+            return decoded;
+        }
+        for _ in 0..most {
+            let mut batch: Vec<_> =
+                streams.iter_mut().map(|stream| (&mut *stream.cache, stream.token)).collect();
+            let logits = self.step(&mut batch)?;
+            let mut samplers: Vec<_> = streams.iter_mut().map(|stream| &mut *stream.sampler).collect();
+            let drawn = self.draw(&mut samplers, logits)?;
+            streams.iter_mut().zip(&drawn).for_each(|(stream, sampled)| stream.token = sampled.token);
+            if each(drawn).is_break() {
+                break;
             }
         }
+        Ok(())
+    }
+
+    /// Measures each kind of kernel of the step that [`Model::decode`] would begin with; nothing where there are no kernels to
+    /// be told apart.
+    ///
+    /// # Errors
+    /// As [`Model::step`].
+    pub fn profile(&self, streams: &mut [Stream<'_>]) -> Result<Vec<gpu::Share>> {
+        let Runtime::Gpu(model) = &self.runtime else { return Ok(Vec::new()) };
+        let mut batch: Vec<_> = streams
+            .iter_mut()
+            .map(|stream| Ok((stream.cache.gpu()?, stream.token)))
+            .collect::<Result<_>>()?;
+        model.profile(&mut batch)
+    }
+
+    /// Draws a token of each row of logits, f32 `[sequences, vocabulary]`, where that is fastest.
+    pub(super) fn draw(&self, samplers: &mut [&mut Sampler], logits: Tensor<2>) -> Result<Vec<Sampled>> {
+        if self.device.backend() != Backend::Cpu && matches!(self.runtime, Runtime::Plain(_)) {
+            return Ok(sample_batch(samplers, logits)?.into_iter().collect::<Result<_, _>>()?);
+        }
+        let logits = read(logits)?;
+        let rows = logits.chunks(self.config.vocabulary);
+        samplers.iter_mut().zip(rows).map(|(sampler, row)| Ok(sampler.sample(row)?)).collect()
     }
 
     /// Tokens that a prefill processes at a time.
@@ -217,6 +339,7 @@ impl Model {
         match self.runtime {
             Runtime::Plain(_) => 512,
             Runtime::Native(_) => native::PREFILL,
+            Runtime::Gpu(_) => gpu::CHUNK,
         }
     }
 
@@ -240,15 +363,35 @@ impl Model {
     ) -> Result<Option<Tensor<1>>> {
         self.config.check_tokens(tokens)?;
         cache.next(tokens.len())?;
-        let mut last = None;
+        let mut left = tokens.len();
+        let mut logits = None;
         for chunk in tokens.chunks(self.chunk()) {
             if goes_on(cache.len())?.is_break() {
                 return Ok(None);
             }
-            let x = self.forward(&mut [Sequence { cache: &mut *cache, tokens: chunk }], None)?;
-            last = Some(x.narrow(0, chunk.len() - 1, 1));
+            left -= chunk.len();
+            logits = self.add(cache, chunk, left == 0)?;
         }
-        last.map(|row| Ok(self.unembed(row)?.squeeze_dim(0))).transpose()
+        Ok(logits)
+    }
+
+    /// Adds a chunk; f32 `[vocabulary]`, the logits that follow it, where they are wanted.
+    fn add(&self, cache: &mut Cache, tokens: &[u32], wants_logits: bool) -> Result<Option<Tensor<1>>> {
+        let Runtime::Gpu(model) = &self.runtime else {
+            let x = self.forward(&mut [Sequence { cache, tokens }], None)?;
+            let last = wants_logits.then(|| self.unembed(x.narrow(0, tokens.len() - 1, 1)));
+            return Ok(last.transpose()?.map(|row| row.squeeze_dim(0)));
+        };
+        let cache = cache.gpu()?;
+        let logits = match tokens {
+            _ if !wants_logits => {
+                model.fill(cache, tokens)?;
+                return Ok(None);
+            }
+            &[token] => model.step(&mut [(cache, token)])?,
+            _ => model.prefill(cache, tokens)?,
+        };
+        Ok(Some(self.tensor(logits, self.config.vocabulary).squeeze_dim(0)))
     }
 
     /// Logits after each token of a sequence of its own, chunk by chunk: `each` gets the positions and their logits,

@@ -10,7 +10,7 @@ use super::config::Config;
 use super::load::{LoadOptions, PlainTypes, Types};
 use crate::backend::{Backend, Device, Float};
 use crate::error::{Bytes, Error, Result};
-use crate::nn::cache::CacheLayout;
+use crate::gpu;
 
 /// The memory that a model will take on a device.
 #[derive(Clone, Debug, serde::Serialize)]
@@ -33,7 +33,7 @@ pub struct Residency {
     pub tokens: Option<usize>,
     /// Whether the device is the host, so that `staging` is taken from the same memory.
     pub is_host: bool,
-    /// What needs the largest buffers, and their bytes. (Embeddings are cut where they exceed the device's limit.)
+    /// What needs the largest buffers, and their bytes. (Plain tensors cut embeddings that exceed the device's limit.)
     pub largest_buffers: [(&'static str, u64); 2],
     /// Bytes of the largest buffer that the device can have, where there is a limit.
     pub max_buffer: Option<u64>,
@@ -79,6 +79,7 @@ impl Residency {
         let packed_experts = Part { name: "experts", stored_as: "MXFP4, packed".into(), bytes: packed };
         let (matrices, experts) = match types {
             Types::Native { .. } => (None, as_stored(packed_experts)),
+            Types::Gpu { .. } => (Some(Float::Bf16), packed_experts),
             Types::Plain(types) => match types.experts {
                 None => (Some(types.weights), packed_experts),
                 // A block of 32 values is 17 packed bytes.
@@ -89,18 +90,22 @@ impl Residency {
             None => as_stored(weight(name, Float::Bf16, elements(share))),
             Some(float) => weight(name, float, elements(share)),
         };
-        let cache = types.cache_layout(&config);
-        let parts = vec![
+        let (cache, context) = (types.cache_layout(&config), types.context());
+        let mut parts = vec![
             matrix("embedding and unembedding", Share::Table),
             matrix("attention and routers", Share::Matrix),
             weight("norms, biases, sinks", Float::F32, elements(Share::Vector)),
             experts,
-            Part {
-                name: "caches of one full sequence",
-                stored_as: cache.float.to_string(),
-                bytes: cache.bytes(cache.context),
-            },
         ];
+        if let Types::Gpu { context } = types {
+            let bytes = gpu::working_bytes(&config, context);
+            parts.push(Part { name: "activations", stored_as: "f32 and halves".into(), bytes });
+        }
+        parts.push(Part {
+            name: "caches of one full sequence",
+            stored_as: cache.float().to_string(),
+            bytes: cache.bytes(context),
+        });
         // The gate and up projections of all experts, without their scales; dequantised ones have a buffer each.
         let gate_up = 2 * config.mlp_dim as u64 * config.embedding_dim as u64;
         let largest_expert_tensor = match types {
@@ -110,17 +115,22 @@ impl Residency {
         let layer_experts = if config.num_blocks == 0 { 0 } else { packed / config.num_blocks as u64 };
         let table = config.vocabulary as u64 * config.embedding_dim as u64;
         let staging = matrices.map_or(0, |float| layer_experts.max(table * float.size()));
+        let largest_tensor = match types {
+            Types::Gpu { .. } => ("the unembedding", table * Float::Bf16.size()),
+            // Tables are cut.
+            Types::Native { .. } | Types::Plain(_) => ("the experts of a block", largest_expert_tensor),
+        };
         let mut residency = Residency {
             device: format!("{} ({})", device.name(), device.backend()),
             parts,
-            context: cache.context,
-            first_cache: cache.bytes(cache.context.min(256)),
+            context,
+            first_cache: cache.bytes(context.min(256)),
             snapshot: cache.snapshot_bytes(),
             staging,
             available: options.memory.or(device.memory()),
             largest_buffers: [
-                ("the experts of a block", largest_expert_tensor),
-                ("the keys of a full sequence in a block", cache.token() / 2 * cache.context as u64),
+                largest_tensor,
+                ("the keys of a full sequence in a block", cache.largest_buffer(context)),
             ],
             max_buffer: device.max_buffer(),
             tokens: None,
@@ -128,12 +138,12 @@ impl Residency {
         };
         residency.tokens = residency.available.and_then(|available| {
             let room = available.saturating_sub(residency.weights());
-            (cache.bytes(cache.context) > room).then(|| cache.longest(room))
+            (cache.bytes(context) > room).then(|| cache.longest(context, room))
         });
         Ok(residency)
     }
 
-    /// Bytes of the weights.
+    /// Bytes of the weights and of what else always resides there.
     pub fn weights(&self) -> u64 {
         self.parts[..self.parts.len() - 1].iter().map(|part| part.bytes).sum()
     }
@@ -193,21 +203,6 @@ impl Share {
             | TensorKind::Mlp2Blocks
             | TensorKind::Mlp2Scales => Share::Experts,
             _ => Share::Vector,
-        }
-    }
-}
-
-impl CacheLayout {
-    /// The caches of a model.
-    pub(super) fn of(config: &Config, float: Float, context: usize) -> CacheLayout {
-        CacheLayout {
-            kv_heads: config.num_kv_heads,
-            head_dim: config.head_dim,
-            float,
-            context,
-            windows: (0..config.num_blocks)
-                .map(|block| config.window(block).map(|window| window.min(context)))
-                .collect(),
         }
     }
 }

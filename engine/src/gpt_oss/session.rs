@@ -15,8 +15,9 @@ use std::ops::ControlFlow;
 use burn::tensor::Tensor;
 
 use super::cache::{Cache, Snapshot};
-use super::model::Model;
+use super::model::{Model, Stream};
 use crate::error::{Error, Result};
+use crate::sampling::{Sampled, Sampler};
 
 /// A sequence and its caches.
 #[derive(Clone)]
@@ -98,6 +99,35 @@ impl<'m> Session<'m> {
         Ok(logits)
     }
 
+    /// Adds a token, draws the next, shows it to `each`, adds it, and so on ([`Model::decode`]): up to `most` times or until
+    /// `each` breaks. All but the last are in the session then.
+    ///
+    /// # Errors
+    /// As [`Model::decode`]; the session has the tokens that were drawn before.
+    pub fn decode(
+        &mut self,
+        sampler: &mut Sampler,
+        token: u32,
+        most: usize,
+        each: &mut dyn FnMut(Sampled) -> ControlFlow<()>,
+    ) -> Result<()> {
+        let mut next = token;
+        let (tokens, cache) = (&mut self.tokens, &mut self.cache);
+        self.logits = None;
+        let decoded =
+            self.model.decode(&mut [Stream { cache: &mut *cache, token, sampler }], most, &mut |drawn| {
+                drawn.into_iter().try_for_each(|sampled| {
+                    tokens.push(std::mem::replace(&mut next, sampled.token));
+                    each(sampled)
+                })
+            });
+        // A token that was fed and after which none could be drawn.
+        if cache.len() > tokens.len() {
+            tokens.push(next);
+        }
+        decoded
+    }
+
     /// Makes the present length one that can be gone back to for free. Costs the memory of the rings, once they are
     /// written to again ([`crate::nn::cache::CacheLayout::snapshot_bytes`]), and of a row of logits.
     pub fn snapshot(&mut self) {
@@ -153,10 +183,10 @@ impl<'m> Session<'m> {
         tokens: &[u32],
         watch: &mut dyn FnMut(usize) -> ControlFlow<()>,
     ) -> Result<Option<Advance>> {
-        let device = self.model.device();
+        let model = self.model;
         self.advance_to_while(tokens, &mut |len| {
             // Devices work behind the host's back: what was asked for before shall be done when this is watched.
-            device.sync()?;
+            model.sync()?;
             Ok(watch(len))
         })
     }

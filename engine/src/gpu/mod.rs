@@ -7,19 +7,24 @@
 //!   ├ × blocks   qkv (norm, bias, RoPE, cache) ─ attention [─ join] ─ out (bias, residual)
 //!   │            router (norm, logits) ─ gate_up (selection, SwiGLU) ─ down (weights, residual)
 //!   ├ unembedding (norm)
-//!   └ argmax ─► tokens, positions + 1
+//!   └ choice ─► tokens, positions + 1
 //! ```
 //!
+//! A batch of more sequences is a graph of other kernels (`batch`), which read every weight once for all of them.
 //! A prefill is as many kernels for a chunk of tokens (`prefill`), started one by one.
 //!
 //! Every buffer keeps its address, so a graph is recorded once for a batch size and a number of splits of attention, and replayed
 //! for every token. `pages` has the caches.
 
+mod batch;
+pub(crate) mod choice;
 mod pages;
 mod prefill;
+mod rows;
 mod weights;
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::pin::Pin;
 use std::sync::{Mutex, PoisonError};
 
@@ -30,21 +35,26 @@ use formats::model_bin::Stored;
 use formats::progress::Progress;
 use half::f16;
 
-pub use pages::Cache;
+pub use pages::{Cache, CacheLayout};
+pub use prefill::CHUNK;
 
+use crate::backend::{Device, Float};
 use crate::error::{Error, Result};
 use crate::gpt_oss::config::Config;
+use crate::kernels::method::Method;
 use crate::kernels::mxfp4_dot::Decoding;
 use crate::kernels::qkv::{FINE, PAGE};
-use crate::kernels::{argmax, attention, copy, down, embedding, gate_up, linear, qkv, router};
+use crate::kernels::sample::{Parameters, RING, Ways};
+use crate::kernels::{attention, copy, dispatch, down, embedding, gate_up, linear, qkv, router};
 use crate::nn::frequencies::Frequencies;
-use pages::{Copy, Pages, Pool};
+use crate::sampling::{Options, Sampled, Sampler};
+use choice::{Choice, OfStep};
+use pages::{Copy, FIRST_PAGES, Pages, Pool, elements_of_page};
+use rows::Rows;
 use weights::Weights;
 
 /// Sequences of a batch, at most.
 pub const MOST_SEQUENCES: usize = 32;
-/// Pages that the pools first have.
-const FIRST_PAGES: u32 = 16;
 
 /// A model on a device.
 pub struct Model {
@@ -53,6 +63,7 @@ pub struct Model {
     context: usize,
     weights: Weights,
     decoding: Decoding,
+    tiled_from: usize,
     coarse: Handle,
     fine: Handle,
     state: Mutex<State>,
@@ -60,11 +71,24 @@ pub struct Model {
     windowed: Pool,
 }
 
+/// A sequence that draws its tokens.
+pub struct Stream<'a> {
+    /// Keys and values of the tokens before `token`.
+    pub cache: &'a mut Cache,
+    /// The next token to be fed.
+    pub token: u32,
+    /// What draws the tokens after it.
+    pub sampler: &'a mut Sampler,
+}
+
 /// What runs of the model share.
 struct State {
     /// Keys and values of each block.
     caches: Vec<[Handle; 2]>,
     buffers: Buffers,
+    /// Of a step whose products have tiles.
+    rows: Rows,
+    choice: Choice,
     graphs: HashMap<Step, Graph>,
 }
 
@@ -73,30 +97,32 @@ struct State {
 struct Step {
     sequences: usize,
     splits: usize,
-    chooses: bool,
+    /// How it chooses the next tokens, if it does.
+    choice: Option<Ways>,
+    /// Whether its products have tiles (`batch`).
+    tiled: bool,
 }
 
 /// Buffers of a step, for [`MOST_SEQUENCES`].
-struct Buffers {
+struct Buffers<H = Handle> {
     /// u32: the next token of each sequence.
-    tokens: Handle,
+    tokens: H,
     /// u32: its position.
-    positions: Handle,
+    positions: H,
     /// u32: page numbers of each sequence.
-    full_pages: Handle,
-    windowed_pages: Handle,
-    x: Handle,
-    q: Handle,
-    partial: Handle,
-    attended: Handle,
-    router_logits: Handle,
-    normed: Handle,
-    hidden: Handle,
-    ids: Handle,
-    shares: Handle,
-    logits: Handle,
-    argmax: Handle,
-    chosen: Handle,
+    full_pages: H,
+    windowed_pages: H,
+    x: H,
+    q: H,
+    partial: H,
+    attended: H,
+    router_logits: H,
+    normed: H,
+    hidden: H,
+    ids: H,
+    shares: H,
+    logits: H,
+    chosen: H,
 }
 
 /// A kind of kernel.
@@ -145,7 +171,7 @@ pub struct Share {
     pub stage: Stage,
     /// Seconds of all its kernels in a step, the gaps between them included.
     pub seconds: f64,
-    /// Bytes of weights that they read.
+    /// Bytes of weights that they read for one sequence.
     pub bytes: u64,
 }
 
@@ -176,9 +202,14 @@ impl Model {
             fine: upload(fine),
             state: Mutex::new(State {
                 caches: Vec::new(),
-                buffers: Buffers::new(&client, config, context),
+                buffers: Buffers::new(config, context, &mut |words| {
+                    client.create_from_slice(&vec![0; MOST_SEQUENCES * words * size_of::<u32>()])
+                }),
+                rows: Rows::empty(&client, config, MOST_SEQUENCES),
+                choice: Choice::new(&client, MOST_SEQUENCES, config.vocabulary),
                 graphs: HashMap::new(),
             }),
+            tiled_from: batch::tiled_from(&client),
             config: config.clone(),
             decoding: Decoding::of(&client),
             context,
@@ -192,6 +223,13 @@ impl Model {
         Ok(model)
     }
 
+    /// Lets steps of at least so many sequences multiply with tiles, which read a weight once for all sequences; without it, from
+    /// as many on as that is faster.
+    pub fn tiled_from(mut self, sequences: usize) -> Model {
+        self.tiled_from = sequences;
+        self
+    }
+
     /// The hyper-parameters.
     pub fn config(&self) -> &Config {
         &self.config
@@ -199,7 +237,7 @@ impl Model {
 
     /// An empty cache for one sequence.
     pub fn new_cache(&self) -> Cache {
-        Cache::new(self.config.attention_window)
+        Cache::new(self.config.attention_window, self.context)
     }
 
     /// Waits until the device is done.
@@ -214,58 +252,153 @@ impl Model {
     /// [`Error::Model`] for more than [`MOST_SEQUENCES`], [`Error::Device`] where the device fails.
     pub fn step(&self, batch: &mut [(&mut Cache, u32)]) -> Result<Vec<f32>> {
         let mut state = self.lock();
-        let graph = self.prepare(&mut state, batch, false)?;
-        replay(&graph)?;
+        let logits = self.logits(&mut state, batch)?;
         for (cache, _) in batch.iter_mut() {
             cache.advance(1);
         }
-        self.read_logits(&state, batch.len())
+        Ok(logits)
+    }
+
+    /// The logits after a token of each sequence, which the caches do not count.
+    fn logits(&self, state: &mut State, batch: &mut [(&mut Cache, u32)]) -> Result<Vec<f32>> {
+        let graph = self.prepare(state, batch, None)?;
+        replay(&graph)?;
+        self.read_logits(state, batch.len())
     }
 
     /// f32 `[rows, vocabulary]`.
     fn read_logits(&self, state: &State, rows: usize) -> Result<Vec<f32>> {
-        let logits = prefix(&state.buffers.logits, rows * self.config.vocabulary);
-        let bytes = self.client.read_one(logits).map_err(failed)?;
-        Ok(bytemuck::cast_slice(&bytes).to_vec())
+        self.read(&state.buffers.logits, rows * self.config.vocabulary)
     }
 
-    /// Generates `count` tokens of each sequence greedily, after the given ones. A step is begun before the tokens of the last are
-    /// read, so that the device need not wait for the host.
+    /// Feeds each sequence its token and draws the next, which `each` gets, up to `most` times or until `each` breaks; then the last
+    /// tokens drawn are those of `streams` and not in the caches. A step is begun before the tokens of the last are read, so that
+    /// the device need not wait for the host.
     ///
     /// # Errors
-    /// As [`Model::step`].
-    pub fn generate(&self, batch: &mut [(&mut Cache, u32)], count: usize) -> Result<Vec<Vec<u32>>> {
+    /// As [`Model::step`], once the context is full, and [`Error::Sampling`] where no token can be drawn. The caches hold what
+    /// was drawn before.
+    pub fn decode(
+        &self,
+        streams: &mut [Stream<'_>],
+        most: usize,
+        each: &mut dyn FnMut(Vec<Sampled>) -> ControlFlow<()>,
+    ) -> Result<()> {
+        let longest = streams.iter().map(|stream| stream.cache.len()).max().unwrap_or(0);
+        let wanted = longest.saturating_add(most);
+        let most = most.min(self.context.saturating_sub(longest));
+        for stream in streams.iter() {
+            stream.sampler.check_vocabulary(self.config.vocabulary)?;
+        }
+        let ways = streams.iter().map(|stream| Ways::of(stream.sampler.options()));
+        let ways = ways.reduce(Ways::or).unwrap_or_default();
         let mut state = self.lock();
-        let mut written: Vec<Vec<u32>> = vec![Vec::new(); batch.len()];
-        let mut pending: Option<Reading<'_>> = None;
-        for index in 0..=count {
-            let next = match index {
-                _ if index == count => None,
-                0 => Some(self.prepare(&mut state, batch, true)?),
-                _ => Some(self.extend(&mut state, batch)?),
+        let mut underway: Option<Reading<'_>> = None;
+        // Steps begun, and those of them since random numbers were written.
+        let (mut begun, mut drawn) = (0, 0);
+        loop {
+            let graph = match underway {
+                _ if begun == most => None,
+                None => {
+                    let graph = self.prepare(&mut state, &mut fed(streams), Some(ways))?;
+                    self.write_choices(&state, streams);
+                    drawn = 0;
+                    Some(graph)
+                }
+                Some(_) => self.extend(&mut state, &mut fed(streams), ways)?,
             };
-            let next = match next {
+            let next = match graph {
+                None => None,
                 Some(graph) => {
+                    if drawn == RING {
+                        self.write_uniforms(&state, streams);
+                        drawn = 0;
+                    }
                     replay(&graph)?;
-                    batch.iter_mut().for_each(|(cache, _)| cache.advance(1));
-                    let chosen = prefix(&state.buffers.chosen, 2 * batch.len());
+                    (begun, drawn) = (begun + 1, drawn + 1);
+                    let chosen = prefix(&state.buffers.chosen, 2 * streams.len());
                     Some(Box::pin(self.client.read_async(vec![chosen])) as Reading<'_>)
                 }
-                None => None,
             };
-            if let Some(read) = pending.take() {
-                let chosen = cubecl::future::block_on(read).map_err(failed)?;
-                let chosen: &[u32] = bytemuck::cast_slice(&chosen[0]);
-                for (tokens, [token, _]) in written.iter_mut().zip(chosen.as_chunks::<2>().0) {
-                    tokens.push(*token);
+            let last = std::mem::replace(&mut underway, next);
+            let Some(last) = last else {
+                match underway {
+                    Some(_) => continue,
+                    None if wanted > self.context => {
+                        return Err(Error::Length { length: wanted, context: self.context });
+                    }
+                    None => return Ok(()),
+                }
+            };
+            let chosen = cubecl::future::block_on(last).map_err(failed)?;
+            let drawn = self.drawn(&chosen[0]);
+            if let Some(drawn) = &drawn {
+                for (stream, sampled) in streams.iter_mut().zip(drawn) {
+                    stream.cache.advance(1);
+                    stream.token = sampled.token;
+                    stream.sampler.accept(sampled.token);
                 }
             }
-            pending = next;
+            let (goes_on, is_drawn) = match drawn {
+                Some(drawn) => (each(drawn), true),
+                None => (ControlFlow::Break(()), false),
+            };
+            if goes_on.is_break() {
+                // What was begun since then feeds a token too many, which the next one to come overwrites. It is awaited, for
+                // a reading that is dropped leaves its buffer mapped.
+                if let Some(unwanted) = underway {
+                    cubecl::future::block_on(unwanted).map_err(failed)?;
+                }
+                return if is_drawn { Ok(()) } else { Err(self.refusal(&mut state, streams)) };
+            }
         }
-        for ((_, token), tokens) in batch.iter_mut().zip(&written) {
-            *token = tokens.last().copied().unwrap_or(*token);
+    }
+
+    /// What a step drew; `None` where a sequence drew nothing.
+    fn drawn(&self, chosen: &[u8]) -> Option<Vec<Sampled>> {
+        let chosen: &[u32] = bytemuck::cast_slice(chosen);
+        let sampled = |&[token, logprob]: &[u32; 2]| {
+            let logprob = f32::from_bits(logprob);
+            let is_drawn = (token as usize) < self.config.vocabulary && logprob.is_finite();
+            is_drawn.then(|| Sampled { token, logprob, top_logprobs: Vec::new() })
+        };
+        chosen.as_chunks::<2>().0.iter().map(sampled).collect()
+    }
+
+    /// Why no token could be drawn, as the processor says it of the same logits.
+    fn refusal(&self, state: &mut State, streams: &mut [Stream<'_>]) -> Error {
+        let logits = match self.logits(state, &mut fed(streams)) {
+            Ok(logits) => logits,
+            Err(error) => return error,
+        };
+        let rows = streams.iter().zip(logits.chunks(self.config.vocabulary));
+        let refused = rows.map(|(stream, row)| stream.sampler.sample_at(row, stream.sampler.next_uniform()));
+        let refused = refused.filter_map(Result::err).next();
+        refused.map_or_else(|| Error::Device("it drew no token although there are some".into()), Error::from)
+    }
+
+    /// Tells the device how to choose, and gives each sequence of the batch its row.
+    fn write_choices(&self, state: &State, streams: &[Stream<'_>]) {
+        let mut parameters = Vec::with_capacity(streams.len());
+        for (row, Stream { cache, sampler, .. }) in (0..).zip(streams) {
+            state.choice.write_row(&self.client, row, sampler, cache.len());
+            parameters.push(state.choice.parameters_of(sampler.options(), row));
         }
-        Ok(written)
+        state.choice.write_parameters(&self.client, &parameters);
+    }
+
+    /// Random numbers for more tokens, while a step is under way.
+    fn write_uniforms(&self, state: &State, streams: &[Stream<'_>]) {
+        for (row, Stream { cache, sampler, .. }) in (0..).zip(streams) {
+            let (generated, position) = (sampler.generated() + 1, cache.len() + 1);
+            state.choice.write_uniforms(&self.client, row, sampler.options(), generated, position);
+        }
+    }
+
+    /// The first words of a buffer.
+    fn read<W: bytemuck::Pod>(&self, buffer: &Handle, words: usize) -> Result<Vec<W>> {
+        let bytes = self.client.read_one(prefix(buffer, words)).map_err(failed)?;
+        Ok(bytemuck::cast_slice(&bytes).to_vec())
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -273,13 +406,23 @@ impl Model {
     }
 
     /// Makes room for a token of each sequence, writes everything that the graph reads, and finds or records it.
-    fn prepare(&self, state: &mut State, batch: &mut [(&mut Cache, u32)], chooses: bool) -> Result<Graph> {
-        let step = self.step_of(batch, chooses)?;
-        self.reserve_step(state, batch)?;
+    fn prepare(
+        &self,
+        state: &mut State,
+        batch: &mut [(&mut Cache, u32)],
+        choice: Option<Ways>,
+    ) -> Result<Graph> {
+        let step = self.step_of(batch, 1, choice)?;
+        self.reserve_step(state, batch, 1)?;
         self.write_tables(state, batch);
         self.write_state(state, batch);
         if let Some(graph) = state.graphs.get(&step) {
             return Ok(graph.clone());
+        }
+        if let Some(ways) = choice {
+            // Recording runs the step, which may count nothing.
+            state.choice.reserve(&self.client, ways);
+            state.choice.write_parameters(&self.client, &vec![Parameters::GREEDY; step.sequences]);
         }
         let graph = self.record(state, step)?;
         self.write_state(state, batch);
@@ -295,27 +438,26 @@ impl Model {
         }
     }
 
-    /// [`Model::prepare`] after a step that chose the tokens itself.
-    fn extend(&self, state: &mut State, batch: &mut [(&mut Cache, u32)]) -> Result<Graph> {
-        let step = self.step_of(batch, true)?;
-        if self.reserve_step(state, batch)? {
+    /// [`Model::prepare`] while a step is under way that chooses the tokens itself. `None` where the graph must be recorded first,
+    /// which runs it: then the step must end before.
+    fn extend(
+        &self,
+        state: &mut State,
+        batch: &mut [(&mut Cache, u32)],
+        choice: Ways,
+    ) -> Result<Option<Graph>> {
+        let step = self.step_of(batch, 2, Some(choice))?;
+        let Some(graph) = state.graphs.get(&step).cloned() else { return Ok(None) };
+        if self.reserve_step(state, batch, 2)? {
             self.write_tables(state, batch);
         }
-        if let Some(graph) = state.graphs.get(&step) {
-            return Ok(graph.clone());
-        }
-        // Recording runs the step: what it chose is overwritten by what was there before.
-        let saved = [&state.buffers.tokens, &state.buffers.positions]
-            .map(|buffer| self.client.read_one(buffer.clone()));
-        let graph = self.record(state, step)?;
-        for (buffer, bytes) in [&state.buffers.tokens, &state.buffers.positions].into_iter().zip(saved) {
-            self.client.write(buffer, bytes.map_err(failed)?);
-        }
-        Ok(graph)
+        // Where the pools grew, the graph is void.
+        Ok(state.graphs.contains_key(&step).then_some(graph))
     }
 
-    fn step_of(&self, batch: &[(&mut Cache, u32)], chooses: bool) -> Result<Step> {
-        let longest = batch.iter().map(|(cache, _)| cache.len() + 1).max().unwrap_or(0);
+    /// The step that adds the last of `tokens` tokens to each sequence.
+    fn step_of(&self, batch: &[(&mut Cache, u32)], tokens: usize, choice: Option<Ways>) -> Result<Step> {
+        let longest = batch.iter().map(|(cache, _)| cache.len() + tokens).max().unwrap_or(0);
         if batch.is_empty() || longest > self.context {
             return Err(Error::Length { length: longest, context: self.context });
         }
@@ -329,14 +471,20 @@ impl Model {
         for (_, token) in batch {
             self.config.check_tokens(std::slice::from_ref(token))?;
         }
-        let splits = longest.div_ceil(2 * PAGE).next_power_of_two().min(MOST_SPLITS);
-        Ok(Step { sequences: batch.len(), splits, chooses })
+        let tiled = batch.len() >= self.tiled_from;
+        // Many sequences fill the device with fewer parts of each.
+        let of_split = if tiled { 4 } else { 2 };
+        let splits = longest.div_ceil(of_split * PAGE).next_power_of_two().min(MOST_SPLITS);
+        Ok(Step { sequences: batch.len(), splits, tiled, choice })
     }
 
     /// Makes room for more tokens of a sequence. Whether it got another page.
     fn reserve(&self, state: &mut State, cache: &mut Cache, tokens: usize) -> Result<bool> {
         let len = cache.len();
-        let [full, windowed] = [&cache.full, &cache.windowed].map(|pages| pages.missing(len, tokens));
+        let [full, windowed] = [&mut cache.full, &mut cache.windowed].map(|pages| {
+            pages.drop_unused(len);
+            pages.missing(len, tokens)
+        });
         if full + windowed == 0 {
             return Ok(false);
         }
@@ -358,11 +506,16 @@ impl Model {
         Ok(true)
     }
 
-    /// Makes room for a token of each sequence. Whether any got another page.
-    fn reserve_step(&self, state: &mut State, batch: &mut [(&mut Cache, u32)]) -> Result<bool> {
+    /// Makes room for tokens of each sequence. Whether any got another page.
+    fn reserve_step(
+        &self,
+        state: &mut State,
+        batch: &mut [(&mut Cache, u32)],
+        tokens: usize,
+    ) -> Result<bool> {
         let mut any = false;
         for (cache, _) in batch {
-            any |= self.reserve(state, cache, 1)?;
+            any |= self.reserve(state, cache, tokens)?;
         }
         Ok(any)
     }
@@ -385,16 +538,12 @@ impl Model {
         table(self.context, window)
     }
 
-    fn elements_of_page(&self) -> usize {
-        self.config.num_kv_heads * PAGE * self.config.head_dim
-    }
-
     /// Makes the pools larger, which moves them and makes graphs void.
     fn grow(&self, state: &mut State, full: u32, windowed: u32) {
         if full <= self.full.capacity() && windowed <= self.windowed.capacity() {
             return;
         }
-        let page = self.elements_of_page();
+        let page = elements_of_page(&self.config);
         let old: Vec<[Handle; 2]> = std::mem::take(&mut state.caches);
         for block in 0..self.config.num_blocks {
             let (pool, capacity) = match self.config.window(block) {
@@ -416,7 +565,7 @@ impl Model {
     }
 
     fn copy(&self, state: &State, copy: &Copy, windowed: bool) {
-        let words = self.elements_of_page() / 2;
+        let words = elements_of_page(&self.config) / 2;
         for (block, caches) in state.caches.iter().enumerate() {
             if self.config.window(block).is_some() == windowed {
                 for cache in caches {
@@ -449,8 +598,10 @@ impl Model {
     /// As [`Model::step`].
     pub fn profile(&self, batch: &mut [(&mut Cache, u32)]) -> Result<Vec<Share>> {
         let mut state = self.lock();
-        let step = self.step_of(batch, true)?;
-        self.prepare(&mut state, batch, true)?;
+        let choice = Some(Ways::default());
+        let step = self.step_of(batch, 1, choice)?;
+        self.prepare(&mut state, batch, choice)?;
+        state.choice.write_parameters(&self.client, &vec![Parameters::GREEDY; step.sequences]);
         let repeats = 20;
         let mut shares = Vec::new();
         for stage in Stage::ALL {
@@ -490,6 +641,22 @@ impl Model {
 
     /// The kernels of a step, those of the wanted stages.
     fn enqueue(&self, state: &State, step: Step, wanted: &dyn Fn(Stage) -> bool) {
+        if step.tiled {
+            self.enqueue_batch(state, step, wanted);
+        } else {
+            self.enqueue_few(state, step, wanted);
+        }
+        if let Some(ways) = step.choice
+            && wanted(Stage::Choice)
+        {
+            let Buffers { logits, tokens, positions, chosen, .. } = &state.buffers;
+            let of_step = OfStep { logits, tokens, positions, chosen };
+            state.choice.enqueue(&self.client, ways, step.sequences, &of_step);
+        }
+    }
+
+    /// The kernels of a step of few sequences up to the logits, those of the wanted stages.
+    fn enqueue_few(&self, state: &State, step: Step, wanted: &dyn Fn(Stage) -> bool) {
         let Config { embedding_dim, head_dim, num_heads, num_kv_heads, vocabulary, .. } = self.config;
         let (client, b, weights) = (&self.client, &state.buffers, &self.weights);
         let sequences = step.sequences;
@@ -508,11 +675,8 @@ impl Model {
         for (index, (block, [keys, values])) in weights.blocks.iter().zip(&state.caches).enumerate() {
             let window = self.config.window(index);
             let table = self.table(window);
-            let (pool, pages) = match window {
-                Some(_) => (&self.windowed, &b.windowed_pages),
-                None => (&self.full, &b.full_pages),
-            };
-            let cache_len = pool.capacity() as usize * self.elements_of_page();
+            let pages = if window.is_some() { &b.windowed_pages } else { &b.full_pages };
+            let cache_len = self.cache_len(window.is_some());
             let projection = qkv::Qkv {
                 columns: embedding_dim,
                 heads: num_heads,
@@ -545,6 +709,7 @@ impl Model {
                 window: window.unwrap_or(0),
                 table,
                 splits: if window.is_some() { 1 } else { step.splits },
+                method: Method::Units,
             };
             let buffers = attention::Buffers {
                 q: &b.q,
@@ -625,23 +790,14 @@ impl Model {
             }
         }
         if wanted(Stage::Unembedding) {
-            self.unembed(state, sequences, epsilon);
-        }
-        if step.chooses && wanted(Stage::Choice) {
-            let buffers = argmax::Buffers {
-                logits: &b.logits,
-                partial: &b.argmax,
-                tokens: &b.tokens,
-                positions: &b.positions,
-                chosen: &b.chosen,
-            };
-            argmax::launch(client, vocabulary, sequences, &buffers);
+            self.unembed_step(state, sequences, epsilon);
         }
     }
 }
 
-impl Buffers {
-    fn new(client: &Client, config: &Config, context: usize) -> Buffers {
+impl<H> Buffers<H> {
+    /// Makes each of so many words for a sequence.
+    fn new(config: &Config, context: usize, words: &mut dyn FnMut(usize) -> H) -> Buffers<H> {
         let Config {
             embedding_dim,
             head_dim,
@@ -652,7 +808,6 @@ impl Buffers {
             vocabulary,
             ..
         } = *config;
-        let words = |each: usize| client.create_from_slice(&vec![0; MOST_SEQUENCES * each * 4]);
         Buffers {
             tokens: words(1),
             positions: words(1),
@@ -668,7 +823,6 @@ impl Buffers {
             ids: words(num_active_experts),
             shares: words(num_active_experts),
             logits: words(vocabulary),
-            argmax: words(argmax::partial_len(1)),
             chosen: words(2),
         }
     }
@@ -712,6 +866,36 @@ fn replay(graph: &Graph) -> Result<()> {
     // SAFETY: the model owns every buffer of a graph and frees them only when it clears the graphs; its client is pinned to one
     // stream, and its state is locked.
     unsafe { graph.replay() }.map_err(failed)
+}
+
+/// What is fed next.
+fn fed<'a>(streams: &'a mut [Stream<'_>]) -> Vec<(&'a mut Cache, u32)> {
+    streams.iter_mut().map(|stream| (&mut *stream.cache, stream.token)).collect()
+}
+
+/// Whether this runtime computes a model of such sizes on a device.
+pub fn runs(config: &Config, device: &Device) -> bool {
+    let table = (config.vocabulary * config.embedding_dim * size_of::<f16>()) as u64;
+    device.client().is_some()
+        && device.supports(Float::F16)
+        && device.max_buffer().is_none_or(|limit| table <= limit)
+        && config.num_experts <= dispatch::MOST_EXPERTS
+}
+
+/// Bytes of a model's activations.
+pub fn working_bytes(config: &Config, context: usize) -> u64 {
+    // Counts, biases and scores of the choice.
+    let mut words = 3 * MOST_SEQUENCES * config.vocabulary;
+    Buffers::new(config, context, &mut |each| words += MOST_SEQUENCES * each);
+    for rows in [MOST_SEQUENCES, context.min(CHUNK)] {
+        Rows::new(config, Method::Units, rows, &mut |more| words += more);
+    }
+    (words * size_of::<u32>()) as u64
+}
+
+/// Whether the device draws tokens with such options.
+pub fn draws(options: &Options) -> bool {
+    options.top_logprobs == 0
 }
 
 /// The first words of a buffer.

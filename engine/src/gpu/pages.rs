@@ -10,9 +10,17 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use half::f16;
+
+use crate::error::{Error, Result};
+use crate::gpt_oss::config::Config;
 use crate::kernels::qkv::PAGE;
+
+/// Pages that the pools first have.
+pub(super) const FIRST_PAGES: u32 = 16;
 
 /// The pages of a pool that nobody owns.
 #[derive(Debug, Default)]
@@ -76,6 +84,7 @@ pub struct Cache {
     pub(super) full: Pages,
     pub(super) windowed: Pages,
     len: usize,
+    context: usize,
 }
 
 /// The pages of a sequence in one pool, from the page of the oldest position that can still be seen.
@@ -94,9 +103,9 @@ pub(super) struct Copy {
 }
 
 impl Cache {
-    pub(super) fn new(window: usize) -> Cache {
+    pub(super) fn new(window: usize, context: usize) -> Cache {
         let pages = |window| Pages { first: 0, pages: VecDeque::new(), window };
-        Cache { full: pages(None), windowed: pages(Some(window)), len: 0 }
+        Cache { full: pages(None), windowed: pages(Some(window)), len: 0, context }
     }
 
     /// Tokens in the cache.
@@ -107,6 +116,18 @@ impl Cache {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// The positions that `tokens` more tokens will have.
+    ///
+    /// # Errors
+    /// [`Error::Length`] where there are none or they exceed the context.
+    pub fn next(&self, tokens: usize) -> Result<Range<usize>> {
+        let end = self.len.saturating_add(tokens);
+        if tokens == 0 || end > self.context {
+            return Err(Error::Length { length: end, context: self.context });
+        }
+        Ok(self.len..end)
     }
 
     /// Counts tokens whose keys and values were written.
@@ -123,6 +144,14 @@ impl Pages {
     pub fn missing(&self, len: usize, tokens: usize) -> usize {
         let end = (len + tokens).div_ceil(PAGE);
         end.saturating_sub(self.first + self.pages.len()) + usize::from(self.shares_last(len))
+    }
+
+    /// Gives back pages after those of `len` tokens that others own as well: made for a token that was not kept.
+    pub fn drop_unused(&mut self, len: usize) {
+        let used = len.div_ceil(PAGE).saturating_sub(self.first);
+        while self.pages.len() > used && self.pages.back().is_some_and(|last| Arc::strong_count(last) > 1) {
+            self.pages.pop_back();
+        }
     }
 
     /// Makes room for `tokens` more tokens after `len`; `None` where the pool has too few pages, and nothing has changed then.
@@ -165,4 +194,53 @@ impl Pages {
             self.first += 1;
         }
     }
+}
+
+/// The sizes of the pools.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CacheLayout {
+    /// Bytes of a page's keys, or of its values.
+    page_bytes: u64,
+    /// Layers that see everything, and those with a window.
+    layers: [u64; 2],
+    window: usize,
+}
+
+impl CacheLayout {
+    /// The pools of a model.
+    pub fn of(config: &Config) -> CacheLayout {
+        let windowed = (0..config.num_blocks).filter(|&block| config.window(block).is_some()).count();
+        CacheLayout {
+            page_bytes: (elements_of_page(config) * size_of::<f16>()) as u64,
+            layers: [(config.num_blocks - windowed) as u64, windowed as u64],
+            window: config.attention_window,
+        }
+    }
+
+    /// Bytes of pools for one sequence of `tokens` tokens: pools double.
+    pub fn bytes(&self, tokens: usize) -> u64 {
+        let seen = [tokens, tokens.min(self.window + 2 * PAGE)];
+        let pools = self.layers.into_iter().zip(seen);
+        pools.map(|(layers, tokens)| layers * capacity(tokens) * 2 * self.page_bytes).sum()
+    }
+
+    /// Bytes that a snapshot may come to cost: the pages of the windows and the last of each other layer.
+    pub fn snapshot_bytes(&self) -> u64 {
+        let windowed = self.window.div_ceil(PAGE) as u64 + 1;
+        (self.layers[0] + self.layers[1] * windowed) * 2 * self.page_bytes
+    }
+
+    /// Bytes of the keys of a layer.
+    pub fn largest_buffer(&self, tokens: usize) -> u64 {
+        capacity(tokens) * self.page_bytes
+    }
+}
+
+/// Elements of a page's keys.
+pub(super) fn elements_of_page(config: &Config) -> usize {
+    config.num_kv_heads * PAGE * config.head_dim
+}
+
+fn capacity(tokens: usize) -> u64 {
+    u64::from(FIRST_PAGES).max(tokens.div_ceil(PAGE) as u64).next_power_of_two()
 }

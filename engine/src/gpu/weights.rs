@@ -52,6 +52,8 @@ impl Weights {
         config: &Config,
         progress: &dyn Progress,
     ) -> Result<Weights> {
+        let tensors = stored.layout().weights.tensors();
+        progress.begin("loading", tensors.map(|tensor| tensor.range.end - tensor.range.start).sum());
         let loader = Loader { client, stored, config, progress };
         let outside = |kind| TensorId { kind, block: 0 };
         Ok(Weights {

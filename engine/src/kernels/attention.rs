@@ -11,8 +11,12 @@
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
+use half::f16;
 
+use super::check::{Cached, Comparison, F32, Inputs, Pool, halves, poisoned, read, values_of};
+use super::method::{Method, write_pair};
 use super::qkv::PAGE;
+use crate::error::Result;
 
 /// Two f32.
 type F2 = Vector<f32, Const<2>>;
@@ -36,6 +40,8 @@ pub struct Attention {
     pub table: usize,
     /// Parts of the keys.
     pub splits: usize,
+    /// The precision of the output: [`Method::Units`] for f32, else that of a product with tiles.
+    pub method: Method,
 }
 
 impl Attention {
@@ -68,14 +74,15 @@ pub struct Buffers<'a> {
     pub sinks: &'a Handle,
     /// f32, [`Attention::partial_len`].
     pub partial: &'a Handle,
-    /// f32 `[tokens, heads, head_dim]`.
+    /// `[tokens, heads, head_dim]` in the words of [`Attention::method`].
     pub out: &'a Handle,
 }
 
 /// Attends with `tokens` queries, one of each sequence. The cache has the type `C`.
 pub fn launch<C: Float>(client: &Client, attention: Attention, tokens: usize, buffers: &Buffers<'_>) {
-    let Attention { heads, kv_heads, head_dim, splits, table, .. } = attention;
+    let Attention { heads, kv_heads, head_dim, splits, table, method, .. } = attention;
     let partial = attention.partial_len(tokens);
+    let out = tokens * method.words(heads * head_dim);
     // SAFETY: lengths are those of the buffers by the caller's contract, and page numbers are those of the pool.
     unsafe {
         attention_kernel::launch_unchecked::<C>(
@@ -89,17 +96,17 @@ pub fn launch<C: Float>(client: &Client, attention: Attention, tokens: usize, bu
             BufferArg::from_raw_parts(buffers.pages.clone(), tokens * table),
             BufferArg::from_raw_parts(buffers.sinks.clone(), heads),
             BufferArg::from_raw_parts(buffers.partial.clone(), partial),
-            BufferArg::from_raw_parts(buffers.out.clone(), tokens * heads * head_dim),
+            BufferArg::from_raw_parts(buffers.out.clone(), out),
             attention,
         );
         if splits > 1 {
             join_kernel::launch_unchecked(
                 client,
                 CubeCount::Static(heads as u32, tokens as u32, 1),
-                CubeDim::new_1d(head_dim as u32),
+                CubeDim::new_1d(head_dim as u32 / 2),
                 BufferArg::from_raw_parts(buffers.partial.clone(), partial),
                 BufferArg::from_raw_parts(buffers.sinks.clone(), heads),
-                BufferArg::from_raw_parts(buffers.out.clone(), tokens * heads * head_dim),
+                BufferArg::from_raw_parts(buffers.out.clone(), out),
                 attention,
             );
         }
@@ -115,7 +122,7 @@ fn attention_kernel<C: Float>(
     pages: &[u32],
     sinks: &[f32],
     partial: &mut [f32],
-    out: &mut [f32],
+    out: &mut [u32],
     #[comptime] attention: Attention,
 ) {
     let unit = UNIT_POS as usize;
@@ -290,8 +297,9 @@ fn attention_kernel<C: Float>(
                 let reference = select(sink > largest[item], sink, largest[item]);
                 let shrink = (largest[item] - reference).exp();
                 let factor = shrink / (totals[item] * shrink + (sink - reference).exp());
-                out[(query * pairs + i % pairs) * 2] = sums[item].extract(0usize) * factor;
-                out[(query * pairs + i % pairs) * 2 + 1] = sums[item].extract(1usize) * factor;
+                let both = sums[item] * F2::new(factor);
+                let at = query * pairs + i % pairs;
+                write_pair(out, at, both.extract(0usize), both.extract(1usize), comptime!(attention.method));
             } else {
                 let at = (query * comptime!(attention.splits) + split) * comptime!(attention.head_dim + 2);
                 partial[at + i % pairs * 2] = sums[item].extract(0usize);
@@ -305,9 +313,9 @@ fn attention_kernel<C: Float>(
     }
 }
 
-/// Joins the splits of one query: a unit has a component.
+/// Joins the splits of one query: a unit has two components.
 #[cube(launch_unchecked)]
-fn join_kernel(partial: &[f32], sinks: &[f32], out: &mut [f32], #[comptime] attention: Attention) {
+fn join_kernel(partial: &[f32], sinks: &[f32], out: &mut [u32], #[comptime] attention: Attention) {
     let head = CUBE_POS_X as usize;
     let token = CUBE_POS_Y as usize;
     let head_dim = comptime!(attention.head_dim);
@@ -320,12 +328,109 @@ fn join_kernel(partial: &[f32], sinks: &[f32], out: &mut [f32], #[comptime] atte
         largest = select(most > largest, most, largest);
     }
     let mut total = (sinks[head] - largest).exp();
-    let mut sum = 0.0f32;
+    let pair = UNIT_POS as usize;
+    let mut one = 0.0f32;
+    let mut other = 0.0f32;
     for split in 0..comptime!(attention.splits) {
         let at = first + split * width;
         let factor = (partial[at + head_dim] - largest).exp();
         total += partial[at + head_dim + 1] * factor;
-        sum += partial[at + UNIT_POS as usize] * factor;
+        one += partial[at + pair * 2] * factor;
+        other += partial[at + pair * 2 + 1] * factor;
     }
-    out[query * head_dim + UNIT_POS as usize] = sum / total;
+    let at = query * comptime!(attention.head_dim / 2) + pair;
+    write_pair(out, at, one / total, other / total, comptime!(attention.method));
+}
+
+/// What a query at `position` reads: `Σ e^(q·k) v / (e^sink + Σ e^(q·k))` over the keys and values `kept` that it sees.
+pub(crate) fn reference<'a, C: Cached>(
+    q: &[f64],
+    sink: f64,
+    position: usize,
+    window: usize,
+    kept: impl Fn(usize) -> [&'a [C]; 2],
+) -> Vec<f64> {
+    let first = if window > 0 { (position + 1).saturating_sub(window) } else { 0 };
+    let mut total = sink.exp();
+    let mut sum = vec![0.0; q.len()];
+    for [key, value] in (first..=position).map(kept) {
+        let weight = q.iter().zip(key).map(|(q, k)| q * f64::from(k.value())).sum::<f64>().exp();
+        total += weight;
+        sum.iter_mut().zip(value).for_each(|(sum, v)| *sum += weight * f64::from(v.value()));
+    }
+    sum.into_iter().map(|sum| sum / total).collect()
+}
+
+/// Sequences of any length, windows that begin within a page, tables in which pages come round, splits that are empty.
+pub(crate) fn check(client: &Client) -> Result<Vec<Comparison>> {
+    let of = |[heads, kv_heads, head_dim]: [usize; 3], window, table, splits| Attention {
+        heads,
+        kv_heads,
+        head_dim,
+        window,
+        table,
+        splits,
+        method: Method::Units,
+    };
+    let small = (of([4, 2, 16], 0, 1, 1), vec![0]);
+    let split = (of([8, 2, 32], 0, 5, 4), vec![300, 5, 64]);
+    let mut found = check_cached::<f32>(client, &[small, split.clone()])?;
+    if halves(client) {
+        let cases = [
+            split,
+            (of([8, 8, 24], 5, 3, 1), vec![3, 64, 66]),
+            (of([64, 8, 64], 128, 4, 1), vec![700, 126, 127, 128]),
+            (of([8, 2, 16], 0, 3, 2), (0..17).map(|sequence| sequence * 11).collect()),
+        ];
+        found.extend(check_cached::<f16>(client, &cases)?);
+    }
+    Ok(found)
+}
+
+fn check_cached<C: Cached>(client: &Client, cases: &[(Attention, Vec<usize>)]) -> Result<Vec<Comparison>> {
+    let mut found = Vec::new();
+    let methods = Method::all(client);
+    let cases = methods.iter().flat_map(|&method| {
+        cases.iter().map(move |(attention, positions)| (Attention { method, ..*attention }, positions))
+    });
+    for (attention, positions) in cases {
+        let Attention { heads, kv_heads, head_dim, window, table, splits, method } = attention;
+        let tokens = positions.len();
+        let mut inputs = Inputs::new(client, (heads + window) as u64);
+        let pool = Pool::new(&mut inputs.random, tokens, table, kv_heads, head_dim);
+        let lens: Vec<usize> = positions.iter().map(|position| position + 1).collect();
+        let [keys, values] = [(); 2].map(|()| pool.filled::<C>(&mut inputs.random, &lens));
+        let q = inputs.f32(tokens * heads * head_dim, 4.0 / (head_dim as f32).sqrt());
+        let sinks = inputs.f32(heads, 2.0);
+        let numbers: Vec<u32> = positions.iter().map(|&position| position as u32).collect();
+        let out = poisoned(client, tokens * method.words(heads * head_dim));
+        let buffers = Buffers {
+            q: &q.handle,
+            keys: &inputs.upload(&keys),
+            values: &inputs.upload(&values),
+            cache_len: keys.len(),
+            positions: &inputs.upload(&numbers),
+            pages: &inputs.upload(&pool.numbers),
+            sinks: &sinks.handle,
+            partial: &poisoned(client, attention.partial_len(tokens)),
+            out: &out,
+        };
+        launch::<C>(client, attention, tokens, &buffers);
+        let queries = q.values.chunks(head_dim).enumerate().flat_map(|(query, q)| {
+            let (token, head) = (query / heads, query % heads);
+            reference(q, sinks.values[head], positions[token], window, |position| {
+                let slot = pool.slot(token, position, head / (heads / kv_heads));
+                [&keys, &values].map(|cache| &cache[slot..slot + head_dim])
+            })
+        });
+        let truth: Vec<f64> = queries.collect();
+        let case = format!(
+            "{}, {method:?}, {heads}/{kv_heads}×{head_dim}, window {window}, {splits} splits, {tokens} sequences",
+            C::NAME
+        );
+        let bound = F32 + method.rounding();
+        let out = values_of(&read(client, &out)?, method);
+        found.push(Comparison::near("attention", case, head_dim, &out, &truth, bound));
+    }
+    Ok(found)
 }

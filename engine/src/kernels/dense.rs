@@ -39,6 +39,13 @@ pub(crate) struct Shape {
     pub group: Group,
 }
 
+impl Shape {
+    /// The same with no more chunks in flight than a lane has: of a narrow row, that would be nothing but repetitions of the last.
+    pub fn fitted(self) -> Shape {
+        Shape { unroll: self.unroll.min(self.chunks.div_ceil(self.group.lanes as usize)), ..self }
+    }
+}
+
 /// Adds a lane's share of [`ROWS`] rows times every token to `sums` (`[ROWS · tokens]`), and of the squares of the input to
 /// `squares` (`[tokens]`).
 ///

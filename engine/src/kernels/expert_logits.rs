@@ -7,10 +7,12 @@ use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
+use super::check::{Comparison, F32, Inputs, poisoned, read};
 use super::dense::{high, low};
 use super::group::F4;
 use super::linear::inverse_rms;
-use super::router::Router;
+use super::router::{Router, reference};
+use crate::error::Result;
 
 /// Tokens of a cube.
 const TOKENS: usize = 16;
@@ -159,4 +161,32 @@ fn logits_kernel(
             logits[token * comptime!(router.experts) + expert] = sum * inverse + bias[expert];
         }
     }
+}
+
+/// Tokens and experts that fill no cube, and a row that is no whole number of stages.
+pub(crate) fn check(client: &Client) -> Result<Vec<Comparison>> {
+    let mut found = Vec::new();
+    for (tokens, columns, experts) in [(1, 64, 4), (17, 160, 32), (130, 2880, 32), (3, 96, 128)] {
+        let mut inputs = Inputs::new(client, columns as u64);
+        let router = Router { experts, columns, epsilon: 1e-5f32.to_bits() };
+        let (x, norm) = (inputs.f32(tokens * columns, 2.0), inputs.f32(columns, 2.0));
+        let (weights, bias) = (inputs.bf16(experts * columns, 0.1), inputs.f32(experts, 1.0));
+        let logits = poisoned(client, tokens * experts);
+        let buffers = Buffers {
+            x: &x.handle,
+            norm: &norm.handle,
+            weights: &weights.handle,
+            bias: &bias.handle,
+            logits: &logits,
+        };
+        launch(client, router, tokens, &buffers);
+        let truth = x.values.chunks(columns).flat_map(|x| {
+            let (_normed, logits) = reference(router, &weights.values, &bias.values, &norm.values, x);
+            logits
+        });
+        let (truth, case) = (truth.collect::<Vec<_>>(), format!("{tokens} × {columns}, {experts} experts"));
+        let logits = read(client, &logits)?;
+        found.push(Comparison::near("expert_logits", case, experts, &logits, &truth, F32));
+    }
+    Ok(found)
 }

@@ -7,14 +7,15 @@ use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
+use super::check::{Comparison, F32, Inputs, poisoned, read, side_by_side};
 use super::group::{F4, Group, U4, group_sum};
+use super::linear::multiplied;
 use super::mxfp4_dot::{Decoding, Packed, dot_packed};
-use super::router::{select_expert, transposed};
+use super::router::{select_expert, selection, transposed};
+use crate::error::Result;
 
 /// Hidden units that a group computes at a time.
 const UNITS: usize = 2;
-/// Groups in a cube.
-const GROUPS: u32 = 4;
 /// α of SwiGLU's sigmoid.
 const ALPHA: f32 = 1.702;
 
@@ -57,17 +58,24 @@ pub struct Buffers<'a> {
 
 /// Computes the hidden units of `tokens` rows.
 pub fn launch(client: &Client, experts: Experts, tokens: usize, buffers: &Buffers<'_>) {
+    launch_grouped(client, experts, tokens, buffers, Group::of(client));
+}
+
+/// [`launch`] with a group of one's choice.
+fn launch_grouped(client: &Client, experts: Experts, tokens: usize, buffers: &Buffers<'_>, group: Group) {
     let Experts { experts: count, active, embedding_dim, mlp_dim, .. } = experts;
-    let group = Group::of(client);
-    let packed = Packed { blocks: embedding_dim / 32, rows: 2 * UNITS, decoding: experts.decoding, group };
+    let packed =
+        Packed { blocks: embedding_dim / 32, rows: 2 * UNITS, ahead: 1, decoding: experts.decoding, group };
     let blocks = count * 2 * mlp_dim * packed.blocks;
+    // 2 instead of 4: 2 % on an H100 as CUDA, the only device on which both were measured.
+    let groups = if experts.decoding == Decoding::Half { 2 } else { 4 };
     // SAFETY: lengths are those of the buffers by the caller's contract; `mlp_dim` is a multiple of 32, so that cubes cover it
     // exactly, and ids are below `experts`.
     unsafe {
         gate_up_kernel::launch_unchecked(
             client,
-            CubeCount::Static((mlp_dim / (UNITS * GROUPS as usize)) as u32, active as u32, tokens as u32),
-            CubeDim::new_2d(group.lanes, GROUPS),
+            CubeCount::Static((mlp_dim / (UNITS * groups as usize)) as u32, active as u32, tokens as u32),
+            CubeDim::new_2d(group.lanes, groups),
             BufferArg::from_raw_parts(buffers.logits.clone(), tokens * count),
             BufferArg::from_raw_parts(buffers.normed.clone(), tokens * embedding_dim / 4),
             BufferArg::from_raw_parts(buffers.codes.clone(), blocks),
@@ -78,6 +86,7 @@ pub fn launch(client: &Client, experts: Experts, tokens: usize, buffers: &Buffer
             BufferArg::from_raw_parts(buffers.shares.clone(), tokens * active),
             experts,
             packed,
+            groups,
         );
     }
 }
@@ -94,6 +103,7 @@ fn gate_up_kernel(
     shares: &mut [f32],
     #[comptime] experts: Experts,
     #[comptime] packed: Packed,
+    #[comptime] groups: u32,
 ) {
     let mlp_dim = comptime!(experts.mlp_dim);
     let token = CUBE_POS_Z as usize;
@@ -106,15 +116,15 @@ fn gate_up_kernel(
         ids[pair] = expert as u32;
         shares[pair] = share;
     }
-    let unit = (CUBE_POS_X as usize * comptime!(GROUPS as usize) + UNIT_POS_Y as usize) * UNITS;
+    let unit = (CUBE_POS_X as usize * comptime!(groups as usize) + UNIT_POS_Y as usize) * UNITS;
     let first_row = (expert * mlp_dim + unit) * 2;
     let mut sums = Array::<f32>::new(comptime!(2 * UNITS));
     let first_x = token * comptime!(experts.embedding_dim / 4);
     dot_packed(codes, scales, x, &mut sums, first_row, first_x, packed);
     #[unroll]
     for u in 0..UNITS {
-        let gate = group_sum(sums[2 * u], comptime!(packed.group), GROUPS);
-        let up = group_sum(sums[2 * u + 1], comptime!(packed.group), GROUPS);
+        let gate = group_sum(sums[2 * u], comptime!(packed.group), groups);
+        let up = group_sum(sums[2 * u + 1], comptime!(packed.group), groups);
         if UNIT_POS_X == 0 {
             let row = first_row + 2 * u;
             let value =
@@ -133,4 +143,73 @@ pub(crate) fn swiglu(gate: f32, up: f32, #[comptime] limit: f32) -> f32 {
     let up = select(up > limit, limit, up);
     let up = select(up < -limit, -limit, up);
     gate / (1.0f32 + (-ALPHA * gate).exp()) * (up + 1.0f32)
+}
+
+/// The hidden units of an expert: `W·x + b`, of which each two rows are gate and up of the clamped SwiGLU.
+pub(crate) fn reference(weights: &[f64], bias: &[f64], x: &[f64], limit: f64) -> Vec<f64> {
+    let sums: Vec<f64> = multiplied(weights, x).zip(bias).map(|(sum, bias)| sum + bias).collect();
+    let units = sums.as_chunks::<2>().0.iter().map(|[gate, up]| {
+        let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
+        gate / (1.0 + (-f64::from(ALPHA) * gate).exp()) * (up + 1.0)
+    });
+    units.collect()
+}
+
+/// Logits with ties, all experts active and few, and values that the clamp changes.
+pub(crate) fn check(client: &Client) -> Result<Vec<Comparison>> {
+    let mut found = Vec::new();
+    for (tokens, count, active, embedding_dim, mlp_dim) in
+        [(1, 4, 4, 64, 32), (3, 32, 4, 96, 64), (17, 8, 2, 32, 32), (2, 4, 2, 2880, 32), (1, 4, 2, 32, 2880)]
+    {
+        let mut inputs = Inputs::new(client, embedding_dim as u64);
+        let matrix = inputs.mxfp4(count * 2 * mlp_dim, embedding_dim);
+        let (bias, limit) = (inputs.f32(count * 2 * mlp_dim, 9.0), 7.0f32);
+        let mut logits = inputs.random.values(tokens * count, 4.0);
+        logits.iter_mut().skip(count).for_each(|logit| *logit = logit.round());
+        let logits = inputs.of(&logits);
+        let normed = inputs.f32(tokens * embedding_dim, 1.0);
+        let ordered: Vec<f32> = normed.values.iter().map(|&value| value as f32).collect();
+        let selected: Vec<(usize, f64)> =
+            logits.values.chunks(count).flat_map(|logits| selection(logits, active)).collect();
+        let true_hidden = selected.iter().enumerate().flat_map(|(pair, &(expert, _))| {
+            let rows = expert * 2 * mlp_dim..(expert + 1) * 2 * mlp_dim;
+            let weights = &matrix.values[rows.start * embedding_dim..rows.end * embedding_dim];
+            let x = &normed.values[pair / active * embedding_dim..][..embedding_dim];
+            side_by_side(&reference(weights, &bias.values[rows], x, limit.into()), mlp_dim)
+        });
+        let true_hidden: Vec<f64> = true_hidden.collect();
+        let (true_ids, true_shares): (Vec<u32>, Vec<f64>) =
+            selected.iter().map(|&(expert, share)| (expert as u32, share)).unzip();
+        for (group, decoding) in Decoding::with_groups(client) {
+            let pairs = tokens * active;
+            let [hidden, ids, shares] = [pairs * mlp_dim, pairs, pairs].map(|words| poisoned(client, words));
+            let buffers = Buffers {
+                logits: &logits.handle,
+                normed: &inputs.upload(&side_by_side(&ordered, embedding_dim)),
+                codes: &matrix.codes,
+                scales: &matrix.scales,
+                bias: &bias.handle,
+                hidden: &hidden,
+                ids: &ids,
+                shares: &shares,
+            };
+            let limit = limit.to_bits();
+            let experts = Experts { experts: count, active, embedding_dim, mlp_dim, limit, decoding };
+            launch_grouped(client, experts, tokens, &buffers, group);
+            let case = |what: &str| {
+                format!(
+                    "{what}, {tokens} × {active} of {count} experts, {embedding_dim} → {mlp_dim}, {decoding:?}, {}",
+                    group.name()
+                )
+            };
+            let near = |what, width, found: &[f32], truth: &[f64]| {
+                Comparison::near("gate_up", case(what), width, found, truth, F32)
+            };
+            found.push(near("hidden", mlp_dim, &read(client, &hidden)?, &true_hidden));
+            found.push(near("shares", active, &read(client, &shares)?, &true_shares));
+            let ids: Vec<u32> = read(client, &ids)?;
+            found.push(Comparison::exact("gate_up", case("ids"), &ids, &true_ids));
+        }
+    }
+    Ok(found)
 }

@@ -31,6 +31,28 @@ impl Group {
             properties.features.plane.contains(Plane::Ops) && hardware.plane_size_min == width && width > 0;
         Group { lanes: if plane { width } else { 32 }, plane }
     }
+
+    /// Every group that a device can have, the one of its choice first.
+    pub(crate) fn all(client: &Client) -> Vec<Group> {
+        let portable = Group { lanes: 32, plane: false };
+        let best = Group::of(client);
+        if best.plane { vec![best, portable] } else { vec![portable] }
+    }
+
+    /// The group for rows of `parts` parts: unless it is a plane, it has no more lanes than that, and a cube more groups, by the
+    /// factor that is returned.
+    pub(crate) fn for_parts(self, parts: usize) -> (Group, u32) {
+        if self.plane {
+            return (self, 1);
+        }
+        let factor = (self.lanes / parts.next_power_of_two() as u32).max(1);
+        (Group { lanes: self.lanes / factor, ..self }, factor)
+    }
+
+    /// What it is called.
+    pub(crate) fn name(self) -> &'static str {
+        if self.plane { "planes" } else { "shared memory" }
+    }
 }
 
 /// The sum of `value` over the lanes of the group, valid in lane 0. Cubes are `[lanes, groups]`; all units of a cube call it.

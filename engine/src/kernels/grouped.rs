@@ -12,10 +12,13 @@ use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
+use super::check::{Comparison, F32, Input, Inputs, Packed, poisoned, read, values_of};
+use super::dispatch::{Dispatch, Sorted};
 use super::gate_up::swiglu;
 use super::group::{F4, U4};
-use super::method::{Method, write_pair};
-use super::tile::{Tile, place, product};
+use super::method::write_pair;
+use super::tile::{Format, Tile, place, product};
+use crate::error::Result;
 
 /// Units of a cube that combines.
 const UNITS: usize = 256;
@@ -49,7 +52,7 @@ impl Grouped {
 
 /// What both products of the experts read.
 pub struct Buffers<'a> {
-    /// In the words of [`Method`]: the normalised input `[tokens, embedding_dim]` of [`gate_up`], the hidden units
+    /// In the words of [`super::method::Method`]: the normalised input `[tokens, embedding_dim]` of [`gate_up`], the hidden units
     /// `[tokens · active, mlp_dim]` in the order of pairs of [`down`].
     pub x: &'a Handle,
     /// u32 `[tokens · active]`, of [`super::dispatch`].
@@ -203,7 +206,7 @@ pub(crate) fn gate_up_kernel(
             let one = activated(bias, &sums, matrix, first_row, comptime!(2 * two), grouped, tile);
             let other = activated(bias, &sums, matrix, first_row, comptime!(2 * two + 1), grouped, tile);
             let (token, row) = place(comptime!(2 * two), tile);
-            if comptime!(tile.method == Method::TensorCores) {
+            if comptime!(!tile.has_quads()) {
                 // Neighbours are those of two lanes, which exchange: one writes for one token and the other for another.
                 let odd = UNIT_POS_X % 2u32 == 1u32;
                 let theirs = plane_shuffle_xor(select(odd, one, other), 1u32);
@@ -296,5 +299,142 @@ fn combine_kernel(outputs: &[F4], shares: &[f32], x: &mut [F4], quads: usize, #[
             sum += outputs[pair * quads + quad] * F4::new(shares[pair]);
         }
         x[token * quads + quad] = sum;
+    }
+}
+
+/// What [`combine`] makes of a token: `x + Σ share · output`.
+fn reference(x: &[f64], outputs: &[f64], shares: &[f64]) -> Vec<f64> {
+    let mut sum = x.to_vec();
+    for (output, share) in outputs.chunks(x.len()).zip(shares) {
+        sum.iter_mut().zip(output).for_each(|(sum, output)| *sum += share * output);
+    }
+    sum
+}
+
+/// Each of the three kernels by itself, with every tile that is ever chosen. The first two have their references in
+/// [`super::gate_up`] and [`super::down`].
+pub(crate) fn check(client: &Client) -> Result<Vec<Comparison>> {
+    let mut found = Vec::new();
+    for (tokens, experts, embedding_dim, mlp_dim) in
+        [(1, 4, 2880, 32), (3, 8, 96, 160), (17, 32, 160, 96), (130, 5, 288, 224), (3, 4, 32, 2880)]
+    {
+        let grouped = Grouped { experts, active: 4, embedding_dim, mlp_dim, limit: 7.0f32.to_bits() };
+        found.extend(check_gate_up(client, grouped, tokens)?);
+        found.extend(check_down(client, grouped, tokens)?);
+        found.push(check_combine(client, grouped, tokens)?);
+    }
+    Ok(found)
+}
+
+fn check_gate_up(client: &Client, grouped: Grouped, tokens: usize) -> Result<Vec<Comparison>> {
+    let Grouped { active, embedding_dim, mlp_dim, limit, .. } = grouped;
+    let mut inputs = Inputs::new(client, tokens as u64);
+    let layer = Layer::new(&mut inputs, grouped, tokens, [2 * mlp_dim, embedding_dim]);
+    let mut found = Vec::new();
+    for tile in Tile::all(client, Format::Mxfp4, embedding_dim, 2 * mlp_dim) {
+        let sorted = layer.sorted(grouped, tile);
+        let x = inputs.rows(tokens * embedding_dim, 1.0, tile.method);
+        let y = poisoned(client, tile.method.words(tokens * active * mlp_dim));
+        let buffers = Buffers {
+            x: &x.handle,
+            order: &inputs.upload(&sorted.order),
+            tiles: &inputs.upload(&sorted.tiles),
+            codes: &layer.matrix.codes,
+            scales: &layer.matrix.scales,
+            bias: &layer.bias.handle,
+            y: &y,
+        };
+        gate_up_tiled(client, grouped, tokens, sorted.tiles.len(), &buffers, tile);
+        let hidden = sorted.order.iter().flat_map(|&pair| {
+            let (weights, bias) = layer.expert(sorted.ids[pair as usize]);
+            let x = &x.values[pair as usize / active * embedding_dim..][..embedding_dim];
+            super::gate_up::reference(weights, bias, x, f32::from_bits(limit).into())
+        });
+        let (truth, found_here) = (hidden.collect::<Vec<_>>(), values_of(&read(client, &y)?, tile.method));
+        let case = format!("{}, {}", grouped.case("gate_up", tokens), tile.name());
+        let bound = tile.method.rounding() + F32;
+        found.push(Comparison::near("grouped", case, mlp_dim, &found_here, &truth, bound));
+    }
+    Ok(found)
+}
+
+fn check_down(client: &Client, grouped: Grouped, tokens: usize) -> Result<Vec<Comparison>> {
+    let Grouped { active, embedding_dim, mlp_dim, .. } = grouped;
+    let mut inputs = Inputs::new(client, tokens as u64);
+    let layer = Layer::new(&mut inputs, grouped, tokens, [embedding_dim, mlp_dim]);
+    let mut found = Vec::new();
+    for tile in Tile::all(client, Format::Mxfp4, mlp_dim, embedding_dim) {
+        let sorted = layer.sorted(grouped, tile);
+        let hidden = inputs.rows(tokens * active * mlp_dim, 1.0, tile.method);
+        let y = poisoned(client, tokens * active * embedding_dim);
+        let buffers = Buffers {
+            x: &hidden.handle,
+            order: &inputs.upload(&sorted.order),
+            tiles: &inputs.upload(&sorted.tiles),
+            codes: &layer.matrix.codes,
+            scales: &layer.matrix.scales,
+            bias: &layer.bias.handle,
+            y: &y,
+        };
+        down_tiled(client, grouped, tokens, sorted.tiles.len(), &buffers, tile);
+        let mut outputs = vec![Vec::new(); tokens * active];
+        for (&pair, hidden) in sorted.order.iter().zip(hidden.values.chunks(mlp_dim)) {
+            let (weights, bias) = layer.expert(sorted.ids[pair as usize]);
+            outputs[pair as usize] = super::down::reference(weights, bias, hidden).collect();
+        }
+        let (truth, found_here) = (outputs.concat(), read(client, &y)?);
+        let case = format!("{}, {}", grouped.case("down", tokens), tile.name());
+        found.push(Comparison::near("grouped", case, embedding_dim, &found_here, &truth, F32));
+    }
+    Ok(found)
+}
+
+fn check_combine(client: &Client, grouped: Grouped, tokens: usize) -> Result<Comparison> {
+    let Grouped { active, embedding_dim, .. } = grouped;
+    let mut inputs = Inputs::new(client, tokens as u64);
+    let outputs = inputs.f32(tokens * active * embedding_dim, 1.0);
+    let (shares, x) = (inputs.f32(tokens * active, 1.0), inputs.f32(tokens * embedding_dim, 1.0));
+    let written = inputs.again(&x);
+    combine(client, grouped, tokens, &outputs.handle, &shares.handle, &written);
+    let of_tokens = outputs.values.chunks(active * embedding_dim).zip(shares.values.chunks(active));
+    let rows = x.values.chunks(embedding_dim).zip(of_tokens);
+    let truth: Vec<f64> = rows.flat_map(|(x, (outputs, shares))| reference(x, outputs, shares)).collect();
+    let (case, found) = (grouped.case("combine", tokens), read(client, &written)?);
+    Ok(Comparison::near("grouped", case, embedding_dim, &found, &truth, F32))
+}
+
+impl Grouped {
+    fn case(&self, kernel: &str, tokens: usize) -> String {
+        let Grouped { experts, active, embedding_dim, mlp_dim, .. } = self;
+        format!("{kernel}, {tokens} × {active} of {experts} experts, {embedding_dim} → {mlp_dim}")
+    }
+}
+
+/// One of the two products of the experts, and who selected them.
+struct Layer {
+    rows: usize,
+    columns: usize,
+    matrix: Packed,
+    bias: Input,
+    logits: Vec<f64>,
+}
+
+impl Layer {
+    fn new(inputs: &mut Inputs<'_>, grouped: Grouped, tokens: usize, [rows, columns]: [usize; 2]) -> Layer {
+        let matrix = inputs.mxfp4(grouped.experts * rows, columns);
+        let bias = inputs.f32(grouped.experts * rows, 9.0);
+        Layer { rows, columns, matrix, bias, logits: inputs.f32(tokens * grouped.experts, 2.0).values }
+    }
+
+    fn sorted(&self, grouped: Grouped, tile: Tile) -> Sorted {
+        let Grouped { experts, active, .. } = grouped;
+        super::dispatch::reference(Dispatch { experts, active, tile: tile.tokens }, &self.logits)
+    }
+
+    /// Weights and biases of an expert.
+    fn expert(&self, id: u32) -> (&[f64], &[f64]) {
+        let first = id as usize * self.rows;
+        let weights = &self.matrix.values[first * self.columns..][..self.rows * self.columns];
+        (weights, &self.bias.values[first..][..self.rows])
     }
 }

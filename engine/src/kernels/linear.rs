@@ -4,8 +4,11 @@ use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
+use super::check::{Comparison, F32, Inputs, poisoned, read};
 use super::dense::{ROWS, Shape, dot_rows};
 use super::group::{F4, Group, U4, cube_number, group_sum};
+use super::normalise;
+use crate::error::Result;
 
 /// Rows from which on cubes are larger.
 const MANY: usize = 65_536;
@@ -41,13 +44,19 @@ pub struct Buffers<'a> {
 
 /// Computes `tokens` rows of `y`.
 pub fn launch(client: &Client, linear: Linear, tokens: usize, buffers: &Buffers<'_>) {
+    launch_grouped(client, linear, tokens, buffers, Group::of(client));
+}
+
+/// [`launch`] with a group of one's choice.
+fn launch_grouped(client: &Client, linear: Linear, tokens: usize, buffers: &Buffers<'_>, group: Group) {
     let Linear { rows, columns, bias, residual, epsilon } = linear;
-    let group = Group::of(client);
     // Small cubes spread evenly where there are few.
     let (groups, unroll) = if rows > MANY { (4, 6) } else { (1, 8) };
     let chunks = columns / 8;
+    let (group, factor) = group.for_parts(chunks);
+    let groups = groups * factor;
     let per_cube = ROWS * groups as usize;
-    let shape = Shape { chunks, tokens, normed: epsilon.is_some(), unroll, group };
+    let shape = Shape { chunks, tokens, normed: epsilon.is_some(), unroll, group }.fitted();
     let cubes = rows.div_ceil(per_cube) as u32;
     let count = |present: bool, values: usize| if present { values } else { 1 };
     // SAFETY: lengths are those of the buffers by the caller's contract; rows past the end are not read or written.
@@ -124,4 +133,62 @@ fn linear_kernel(
 pub(crate) fn inverse_rms(squares: f32, #[comptime] width: usize, #[comptime] epsilon: u32) -> f32 {
     let mean = squares * comptime!(1.0 / width as f32) + comptime!(f32::from_bits(epsilon));
     1.0f32 / mean.sqrt()
+}
+
+/// `W·x`.
+pub(crate) fn multiplied<'a>(weights: &'a [f64], x: &'a [f64]) -> impl Iterator<Item = f64> + 'a {
+    weights.chunks(x.len()).map(move |row| row.iter().zip(x).map(|(weight, x)| weight * x).sum())
+}
+
+/// `[y +] W·norm(x) [+ b]` of one row.
+fn reference(linear: Linear, weights: &[f64], bias: &[f64], norm: &[f64], x: &[f64], y: &[f64]) -> Vec<f64> {
+    let x = linear.epsilon.map_or_else(|| x.to_vec(), |epsilon| normalise::reference(x, norm, epsilon));
+    let value = |(row, sum)| {
+        let with_bias = if linear.bias { sum + bias[row] } else { sum };
+        if linear.residual { with_bias + y[row] } else { with_bias }
+    };
+    multiplied(weights, &x).enumerate().map(value).collect()
+}
+
+/// Every part by itself and all together, for rows shorter than a group and so many that cubes are larger.
+pub(crate) fn check(client: &Client) -> Result<Vec<Comparison>> {
+    let of = |rows, columns, bias, residual, normed: bool| Linear {
+        rows,
+        columns,
+        bias,
+        residual,
+        epsilon: normed.then_some(1e-5f32.to_bits()),
+    };
+    let mut found = Vec::new();
+    for (linear, tokens) in [
+        (of(8, 8, false, false, false), 1),
+        (of(40, 360, true, false, true), 2),
+        (of(96, 2880, true, true, false), 3),
+        (of(72, 4096, false, true, true), 1),
+        (of(MANY + 8, 32, false, false, true), 1),
+    ] {
+        let Linear { rows, columns, .. } = linear;
+        let mut inputs = Inputs::new(client, columns as u64);
+        let (weights, bias) = (inputs.bf16(rows * columns, 0.1), inputs.f32(rows, 1.0));
+        let (norm, x) = (inputs.f32(columns, 2.0), inputs.f32(tokens * columns, 2.0));
+        let y = inputs.f32(tokens * rows, 1.0);
+        let of_rows = x.values.chunks(columns).zip(y.values.chunks(rows));
+        let truth: Vec<f64> = of_rows
+            .flat_map(|(x, y)| reference(linear, &weights.values, &bias.values, &norm.values, x, y))
+            .collect();
+        for group in Group::all(client) {
+            let written = if linear.residual { inputs.again(&y) } else { poisoned(client, tokens * rows) };
+            let buffers = Buffers {
+                weights: &weights.handle,
+                bias: &bias.handle,
+                norm: &norm.handle,
+                x: &x.handle,
+                y: &written,
+            };
+            launch_grouped(client, linear, tokens, &buffers, group);
+            let case = format!("{tokens} × {columns} → {rows}, {}", group.name());
+            found.push(Comparison::near("linear", case, rows, &read(client, &written)?, &truth, F32));
+        }
+    }
+    Ok(found)
 }

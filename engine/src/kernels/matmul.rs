@@ -4,8 +4,11 @@ use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
+use super::check::{Comparison, F32, Inputs, poisoned, read};
 use super::group::U4;
-use super::tile::{Tile, place, product};
+use super::linear::multiplied;
+use super::tile::{Format, Tile, place, product};
+use crate::error::Result;
 
 /// The sizes and parts of a dense layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -109,4 +112,42 @@ pub(crate) fn matmul_kernel(
             y[at] = both;
         }
     }
+}
+
+/// `[y +] W·x [+ b]` of one row.
+fn reference(matmul: Matmul, weights: &[f64], bias: &[f64], x: &[f64], y: &[f64]) -> Vec<f64> {
+    let value = |(row, sum)| {
+        let with_bias = if matmul.bias { sum + bias[row] } else { sum };
+        if matmul.residual { with_bias + y[row] } else { with_bias }
+    };
+    multiplied(weights, x).enumerate().map(value).collect()
+}
+
+/// Shapes that fill no tile, with every tile that is ever chosen.
+pub(crate) fn check(client: &Client) -> Result<Vec<Comparison>> {
+    let of = |rows, columns, bias, residual| Matmul { rows, columns, bias, residual };
+    let mut found = Vec::new();
+    for (matmul, tokens) in [
+        (of(8, 64, false, false), 1),
+        (of(40, 96, true, false), 3),
+        (of(136, 160, false, true), 17),
+        (of(264, 2880, true, true), 130),
+    ] {
+        let Matmul { rows, columns, .. } = matmul;
+        let mut inputs = Inputs::new(client, columns as u64);
+        let (weights, bias) = (inputs.bf16(rows * columns, 0.1), inputs.f32(rows, 1.0));
+        let y = inputs.f32(tokens * rows, 1.0);
+        for tile in Tile::all(client, Format::Bf16, columns, rows) {
+            let x = inputs.rows(tokens * columns, 1.0, tile.method);
+            let written = if matmul.residual { inputs.again(&y) } else { poisoned(client, tokens * rows) };
+            let buffers = Buffers { weights: &weights.handle, bias: &bias.handle, x: &x.handle, y: &written };
+            launch_tiled(client, matmul, tokens, &buffers, tile);
+            let of_rows = x.values.chunks(columns).zip(y.values.chunks(rows));
+            let truth: Vec<f64> =
+                of_rows.flat_map(|(x, y)| reference(matmul, &weights.values, &bias.values, x, y)).collect();
+            let case = format!("{tokens} × {columns} → {rows}, {}", tile.name());
+            found.push(Comparison::near("matmul", case, rows, &read(client, &written)?, &truth, F32));
+        }
+    }
+    Ok(found)
 }

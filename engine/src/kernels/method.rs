@@ -22,13 +22,17 @@ pub enum Method {
 impl Method {
     /// The best that a device has.
     pub fn of(client: &Client) -> Method {
-        if has_mma(client, FloatKind::BF16) {
-            Method::TensorCores
-        } else if has_fragments(client) {
-            Method::Fragments
-        } else {
-            Method::Units
-        }
+        Method::all(client)[0]
+    }
+
+    /// Every method that a device has, the best first.
+    pub(crate) fn all(client: &Client) -> Vec<Method> {
+        let methods = [
+            (Method::TensorCores, has_mma(client, FloatKind::BF16)),
+            (Method::Fragments, has_fragments(client)),
+            (Method::Units, true),
+        ];
+        methods.into_iter().filter_map(|(method, has)| has.then_some(method)).collect()
     }
 
     /// Words of a row.

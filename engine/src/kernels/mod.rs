@@ -3,54 +3,41 @@
 //! | file | for | operation |
 //! |---|---|---|
 //! | [`mxfp4`], [`product`] | Burn's tensors, every backend | MXFP4 experts, f32 products |
-//! | [`embedding`], [`qkv`], [`attention`], [`linear`], [`router`], [`gate_up`], [`down`], [`argmax`] | a token of each sequence | a step of decoding, in this order |
-//! | [`normalise`], [`matmul`], [`rotate`], [`prefill_attention`], [`expert_logits`], [`dispatch`], [`grouped`] | many tokens of a sequence | a chunk of a prefill, in this order |
+//! | [`embedding`], [`qkv`], [`attention`], [`linear`], [`router`], [`gate_up`], [`down`], [`sample`] | a token of each sequence | a step of decoding, in this order |
+//! | [`normalise`], [`matmul`], [`rotate`], [`prefill_attention`], [`expert_logits`], [`dispatch`], [`grouped`] | many tokens of a sequence | a chunk of a prefill, in this order; a step for several sequences has [`attention`] and [`router`] instead |
+//! | [`mxfp4_linear`], [`pages`], [`rows`] | Burn's tensors, with the kernels above | what [`crate::extension`] needs besides |
 //! | [`copy`] | both | |
 //!
+//! Each file ends with the definition of its operation in float64 and a [`check`] against it.
+//!
 //! What they share: `group` sums a row with a plane or in shared memory, `dense` and `mxfp4_dot` are products with one row,
-//! `tile` with many by the [`method`] of the device.
+//! `tile` with many by the [`method`] of the device, `few` those for which tensor cores are kept waiting by the weights.
 
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
-pub mod argmax;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub mod attention;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub mod check;
 pub mod copy;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod dense;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub mod dispatch;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub mod down;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub mod embedding;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub mod expert_logits;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod few;
 pub mod gate_up;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub mod group;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub mod grouped;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub mod linear;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub mod matmul;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub mod method;
 pub mod mxfp4;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub mod mxfp4_dot;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub mod mxfp4_linear;
 pub mod normalise;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub mod pages;
 pub mod prefill_attention;
 pub mod product;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub mod qkv;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub mod rotate;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub mod router;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub mod rows;
+pub mod sample;
 mod tile;

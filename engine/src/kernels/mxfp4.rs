@@ -6,11 +6,14 @@ use burn::tensor::{DType, Int, Shape, Tensor, TensorData};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
+use super::check::{Comparison, F32, Random, values_of_tensor};
+use crate::error::Result;
+
 /// Values that share a scale.
 pub const BLOCK: usize = 32;
 
 /// The operation as an extension of Burn's backends.
-#[backend_extension(Cube: cfg(any(feature = "wgpu", feature = "cuda")), Flex)]
+#[backend_extension(Cube, Flex)]
 pub trait Mxfp4Backend: Backend {
     /// See [`select_and_multiply`].
     fn mxfp4_select_and_multiply(
@@ -104,7 +107,6 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     halves.iter().sum()
 }
 
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod cube {
     use burn_cubecl::kernel::into_contiguous;
     use burn_cubecl::{CubeBackend, tensor::CubeTensor};
@@ -273,4 +275,38 @@ mod cube {
             total
         }
     }
+}
+
+/// `W[expert] · x` of a pair.
+fn reference<'a>(weights: &'a [f64], x: &'a [f32]) -> impl Iterator<Item = f64> + 'a {
+    weights.chunks(x.len()).map(move |row| row.iter().zip(x).map(|(weight, &x)| weight * f64::from(x)).sum())
+}
+
+/// An input for each pair and inputs that pairs share, experts that no one and many selected.
+pub(crate) fn check(device: &burn::tensor::Device) -> Result<Vec<Comparison>> {
+    let mut found = Vec::new();
+    for (inputs, pairs, experts, rows, columns) in
+        [(1, 1, 1, 32, 32), (3, 12, 8, 96, 160), (130, 130, 4, 32, 64), (17, 68, 4, 64, 2880)]
+    {
+        let mut random = Random::new(columns as u64);
+        let x = random.values(inputs * columns, 1.0);
+        let matrix = random.mxfp4(experts * rows, columns);
+        let ids = random.numbers(pairs, experts);
+        let words = |words: &[u32], shape: Vec<usize>| TensorData::new(words.to_vec(), shape);
+        let options = (device, DType::U32);
+        let result = select_and_multiply(
+            Tensor::from_data(TensorData::new(x.clone(), [inputs, columns]), (device, DType::F32)),
+            Tensor::from_data(words(&matrix.codes, vec![experts, rows, columns / 8]), options),
+            Tensor::from_data(words(&matrix.scales, vec![experts, rows * columns / (4 * BLOCK)]), options),
+            Tensor::from_data(words(&ids, vec![pairs]), options),
+        );
+        let truth = ids.iter().enumerate().flat_map(|(pair, &id)| {
+            let weights = &matrix.values[id as usize * rows * columns..][..rows * columns];
+            reference(weights, &x[pair / (pairs / inputs) * columns..][..columns])
+        });
+        let truth: Vec<f64> = truth.collect();
+        let case = format!("{inputs} × {columns} → {pairs} × {rows}, {experts} experts");
+        found.push(Comparison::near("mxfp4", case, rows, &values_of_tensor(result)?, &truth, F32));
+    }
+    Ok(found)
 }

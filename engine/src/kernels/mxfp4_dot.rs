@@ -21,10 +21,19 @@ pub enum Decoding {
 }
 
 impl Decoding {
-    /// The faster one that a device computes rightly: some take subnormal numbers for zero, and some drivers fail at f16.
+    /// The faster one that a device computes rightly: some take subnormal numbers for zero, and where kernels are WGSL, naga 30 takes
+    /// a pair of f16 for one f32 (wgpu#8896).
     pub fn of(client: &Client) -> Decoding {
         let has_f16 = client.properties().supports_type(ElemType::Float(FloatKind::F16));
         if has_f16 && decodes_halves(client) { Decoding::Half } else { Decoding::Table }
+    }
+
+    /// All that a device computes rightly, with every group that it can have.
+    pub(crate) fn with_groups(client: &Client) -> impl Iterator<Item = (Group, Decoding)> {
+        let best = Decoding::of(client);
+        let decodings = [Decoding::Half, Decoding::Table].into_iter();
+        let decodings = decodings.filter(move |&decoding| decoding == best || decoding == Decoding::Table);
+        Group::all(client).into_iter().flat_map(move |group| decodings.clone().map(move |d| (group, d)))
     }
 }
 
@@ -64,6 +73,8 @@ pub(crate) struct Packed {
     pub blocks: usize,
     /// Rows that a group sums at a time.
     pub rows: usize,
+    /// Blocks of each of these rows that a lane reads before it decodes the first.
+    pub ahead: usize,
     /// How codes are decoded.
     pub decoding: Decoding,
     /// Who sums a row.
@@ -90,35 +101,50 @@ pub(crate) fn dot_packed(
     for r in 0..rows {
         sums[r] = 0.0f32;
     }
-    let mut block = UNIT_POS_X as usize;
-    while block < blocks {
-        let mut words = Array::<U4>::new(rows);
-        let mut exponents = Array::<u32>::new(rows);
+    let ahead = comptime!(packed.ahead);
+    let lanes = comptime!(packed.group.lanes as usize);
+    let mut first = UNIT_POS_X as usize;
+    while first < blocks {
+        let mut words = Array::<U4>::new(comptime!(ahead * rows));
+        let mut exponents = Array::<u32>::new(comptime!(ahead * rows));
         #[unroll]
-        for r in 0..rows {
-            let at = (first_row + r) * blocks + block;
-            words[r] = codes[at];
-            exponents[r] = (scales[at / 4] >> (u32::cast_from(at % 4) * 8u32)) & 255u32;
-        }
-        let mut parts = Array::<f32>::new(rows);
-        #[unroll]
-        for r in 0..rows {
-            parts[r] = 0.0f32;
-        }
-        #[unroll]
-        for j in 0..4usize {
-            let low = x[first_x + comptime!(2 * j) * blocks + block];
-            let high = x[first_x + comptime!(2 * j + 1) * blocks + block];
+        for a in 0..ahead {
+            // Beyond the row the last block is read again, with a scale of zero.
+            let block = first + a * lanes;
+            let inside = select(block < blocks, block, blocks - 1);
             #[unroll]
             for r in 0..rows {
-                parts[r] += dot_word(words[r].extract(j), low, high, comptime!(packed.decoding));
+                let at = (first_row + r) * blocks + inside;
+                words[a * rows + r] = codes[at];
+                let exponent = (scales[at / 4] >> (u32::cast_from(at % 4) * 8u32)) & 255u32;
+                exponents[a * rows + r] = select(block < blocks, exponent, 0u32);
             }
         }
         #[unroll]
-        for r in 0..rows {
-            sums[r] += scaled(parts[r], exponents[r], comptime!(packed.decoding));
+        for a in 0..ahead {
+            let block = first + a * lanes;
+            let inside = select(block < blocks, block, blocks - 1);
+            let mut parts = Array::<f32>::new(rows);
+            #[unroll]
+            for r in 0..rows {
+                parts[r] = 0.0f32;
+            }
+            #[unroll]
+            for j in 0..4usize {
+                let low = x[first_x + comptime!(2 * j) * blocks + inside];
+                let high = x[first_x + comptime!(2 * j + 1) * blocks + inside];
+                #[unroll]
+                for r in 0..rows {
+                    parts[r] +=
+                        dot_word(words[a * rows + r].extract(j), low, high, comptime!(packed.decoding));
+                }
+            }
+            #[unroll]
+            for r in 0..rows {
+                sums[r] += scaled(parts[r], exponents[a * rows + r], comptime!(packed.decoding));
+            }
         }
-        block += comptime!(packed.group.lanes as usize);
+        first += comptime!(ahead * lanes);
     }
 }
 

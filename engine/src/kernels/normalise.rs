@@ -4,9 +4,11 @@ use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
+use super::check::{Comparison, F32, Inputs, poisoned, read, values_of};
 use super::group::F4;
 use super::linear::inverse_rms;
 use super::method::{Method, write_pair};
+use crate::error::Result;
 
 /// Units of a cube.
 const UNITS: usize = 256;
@@ -23,7 +25,20 @@ pub struct Normalise {
 /// Normalises `tokens` rows of `x` (f32 `[tokens, columns]`), times `norm` (f32 `[columns]`), into `y`
 /// ([`Method::words`] of `[tokens, columns]`).
 pub fn launch(client: &Client, normalise: Normalise, tokens: usize, x: &Handle, norm: &Handle, y: &Handle) {
-    let (quads, method) = (normalise.columns / 4, Method::of(client));
+    launch_for(client, normalise, tokens, x, norm, y, Method::of(client));
+}
+
+/// [`launch`] for a method of one's choice.
+pub(crate) fn launch_for(
+    client: &Client,
+    normalise: Normalise,
+    tokens: usize,
+    x: &Handle,
+    norm: &Handle,
+    y: &Handle,
+    method: Method,
+) {
+    let quads = normalise.columns / 4;
     // SAFETY: lengths are those of the buffers by the caller's contract; units stop at the end of a row.
     unsafe {
         normalise_kernel::launch_unchecked(
@@ -82,4 +97,32 @@ fn normalise_kernel(
         }
         quad += UNITS;
     }
+}
+
+/// `x / sqrt(mean(x²) + ε) · norm` of one row.
+pub(crate) fn reference(x: &[f64], norm: &[f64], epsilon: u32) -> Vec<f64> {
+    let mean = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
+    let root = (mean + f64::from(f32::from_bits(epsilon))).sqrt();
+    x.iter().zip(norm).map(|(x, scale)| x / root * scale).collect()
+}
+
+/// Rows narrower and wider than a cube, large values, and values so small that ε matters.
+pub(crate) fn check(client: &Client) -> Result<Vec<Comparison>> {
+    let mut found = Vec::new();
+    for (tokens, columns, scale) in [(1, 4, 1.0), (3, 64, 1e-2), (17, 2880, 2.0), (130, 96, 1e4)] {
+        let mut inputs = Inputs::new(client, columns as u64);
+        let (x, norm) = (inputs.f32(tokens * columns, scale), inputs.f32(columns, 2.0));
+        let epsilon = 1e-5f32.to_bits();
+        let rows = x.values.chunks(columns);
+        let truth: Vec<f64> = rows.flat_map(|x| reference(x, &norm.values, epsilon)).collect();
+        for method in Method::all(client) {
+            let y = poisoned(client, method.words(tokens * columns));
+            let normalise = Normalise { columns, epsilon };
+            launch_for(client, normalise, tokens, &x.handle, &norm.handle, &y, method);
+            let y = values_of(&read(client, &y)?, method);
+            let case = format!("{tokens} × {columns}, up to {scale}, rows for {method:?}");
+            found.push(Comparison::near("normalise", case, columns, &y, &truth, method.rounding() + F32));
+        }
+    }
+    Ok(found)
 }

@@ -18,9 +18,12 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 use half::f16;
 
+use super::attention;
+use super::check::{Cached, Comparison, F16, F32, Inputs, Pool, halves, poisoned, read, values_of};
 use super::group::{F4, U4};
 use super::method::{Method, has_mma, write_pair};
 use super::qkv::PAGE;
+use crate::error::Result;
 
 /// Planes of a cube with tensor cores.
 const PLANES: usize = 8;
@@ -73,6 +76,13 @@ impl PrefillAttention {
         (TILE / self.group()).max(1)
     }
 
+    /// Bytes of shared memory that a cube without tensor cores takes.
+    pub(crate) fn shared_bytes(&self) -> usize {
+        let rows = self.tokens() * self.group();
+        let queries_and_tile = rows * self.head_dim + TILE * (self.head_dim + 2);
+        size_of::<f32>() * (queries_and_tile + rows * (TILE + 1) + 3 * rows)
+    }
+
     /// Pairs of the output that a unit has without tensor cores.
     fn items(&self) -> usize {
         (self.tokens() * self.group() * self.head_dim / 2).div_ceil(UNITS)
@@ -105,8 +115,19 @@ pub fn launch<C: Float>(
     tokens: usize,
     buffers: &Buffers<'_>,
 ) {
+    launch_for::<C>(client, attention, first, tokens, buffers, Method::of(client));
+}
+
+/// [`launch`] for a method of one's choice.
+fn launch_for<C: Float>(
+    client: &Client,
+    attention: PrefillAttention,
+    first: usize,
+    tokens: usize,
+    buffers: &Buffers<'_>,
+    method: Method,
+) {
     let PrefillAttention { heads, kv_heads, head_dim, table, .. } = attention;
-    let method = Method::of(client);
     let fits = head_dim == HEAD && ROWS.is_multiple_of(attention.group());
     let out = tokens * method.words(heads * head_dim);
     // SAFETY: lengths are those of the buffers by the caller's contract, and page numbers are those of the pool; what lies past the
@@ -569,4 +590,73 @@ fn stage<C: Float>(
         tile[key * comptime!(attention.head_dim / 2 + 1) + i % pairs] = both;
         i += UNITS;
     }
+}
+
+/// First chunks and later ones, windows that begin within a page and a tile, groups of heads that fill no cube, tables in which
+/// pages come round. The reference is that of [`super::attention`].
+pub(crate) fn check(client: &Client) -> Result<Vec<Comparison>> {
+    let of = |[heads, kv_heads, head_dim]: [usize; 3], window, table| PrefillAttention {
+        heads,
+        kv_heads,
+        head_dim,
+        window,
+        table,
+    };
+    let mut found = check_cached::<f32>(client, &[(of([4, 2, 16], 0, 1), 0, 1)])?;
+    if halves(client) {
+        let cases = [
+            (of([16, 2, 64], 0, 5), 170, 130),
+            (of([64, 8, 64], 128, 5), 500, 17),
+            (of([8, 8, 24], 33, 3), 65, 3),
+            (of([6, 2, 64], 70, 5), 127, 130),
+        ];
+        found.extend(check_cached::<f16>(client, &cases)?);
+    }
+    Ok(found)
+}
+
+fn check_cached<C: Cached>(
+    client: &Client,
+    cases: &[(PrefillAttention, usize, usize)],
+) -> Result<Vec<Comparison>> {
+    let mut found = Vec::new();
+    for &(attention, first, tokens) in cases {
+        let PrefillAttention { heads, kv_heads, head_dim, window, table } = attention;
+        let mut inputs = Inputs::new(client, (heads + window) as u64);
+        let pool = Pool::new(&mut inputs.random, 1, table, kv_heads, head_dim);
+        let [keys, values] = [(); 2].map(|()| pool.filled::<C>(&mut inputs.random, &[first + tokens]));
+        let q = inputs.f32(tokens * heads * head_dim, 4.0 / (head_dim as f32).sqrt());
+        let sinks = inputs.f32(heads, 2.0);
+        let queries = q.values.chunks(head_dim).enumerate().flat_map(|(query, q)| {
+            let (token, head) = (query / heads, query % heads);
+            attention::reference(q, sinks.values[head], first + token, window, |position| {
+                let slot = pool.slot(0, position, head / (heads / kv_heads));
+                [&keys, &values].map(|cache| &cache[slot..slot + head_dim])
+            })
+        });
+        let truth: Vec<f64> = queries.collect();
+        for method in Method::all(client) {
+            let out = poisoned(client, method.words(tokens * heads * head_dim));
+            let buffers = Buffers {
+                q: &q.handle,
+                keys: &inputs.upload(&keys),
+                values: &inputs.upload(&values),
+                cache_len: keys.len(),
+                pages: &inputs.upload(&pool.numbers),
+                sinks: &sinks.handle,
+                out: &out,
+            };
+            launch_for::<C>(client, attention, first, tokens, &buffers, method);
+            let out = values_of(&read(client, &out)?, method);
+            let case = format!(
+                "{}, {heads}/{kv_heads}×{head_dim}, window {window}, {tokens} tokens at {first}, {method:?}",
+                C::NAME
+            );
+            // With the instruction queries and weights are f16.
+            let factors = if method == Method::TensorCores { 2.0 * F16 } else { F32 };
+            let bound = method.rounding() + factors;
+            found.push(Comparison::near("prefill_attention", case, head_dim, &out, &truth, bound));
+        }
+    }
+    Ok(found)
 }

@@ -5,11 +5,14 @@
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, Flex, backend_extension};
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Tensor, TensorData};
 use burn_flex::FlexTensor;
 
+use super::check::{Comparison, F32, Random, values_of_tensor};
+use crate::error::Result;
+
 /// The operation as an extension of Burn's backends.
-#[backend_extension(Cube: cfg(any(feature = "wgpu", feature = "cuda")), Flex)]
+#[backend_extension(Cube, Flex)]
 pub trait ProductBackend: Backend {
     /// See [`product`].
     fn f32_product(lhs: FloatTensor<Self>, rhs: FloatTensor<Self>) -> FloatTensor<Self>;
@@ -33,7 +36,6 @@ impl ProductBackend for Flex {
     }
 }
 
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod cube {
     use burn::backend::ops::FloatTensorOps;
     use burn_cubecl::{CubeBackend, tensor::CubeTensor};
@@ -71,4 +73,29 @@ mod cube {
             }
         }
     }
+}
+
+/// `lhs · rhs`, both as rows: of the left matrix and, transposed, of the right one.
+fn reference(lhs: &[f32], rhs: &[f32], k: usize) -> Vec<f64> {
+    let dot = |(a, b): (&[f32], &[f32])| a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+    lhs.chunks(k).flat_map(|a| rhs.chunks(k).map(move |b| dot((a, b)))).collect()
+}
+
+/// A row, odd sizes, several matrices; the right factor transposed, as weights are stored. 10 bits of precision, those of TF32, would be
+/// many times the bound.
+pub(crate) fn check(device: &burn::tensor::Device) -> Result<Vec<Comparison>> {
+    let mut found = Vec::new();
+    for [batch, m, k, n] in [[1, 1, 2880, 70], [1, 130, 129, 65], [3, 17, 64, 40]] {
+        let mut random = Random::new(k as u64);
+        let (lhs, rhs) = (random.values(batch * m * k, 1.0), random.values(batch * n * k, 1.0));
+        let tensor = |values: &[f32], shape| {
+            Tensor::<3>::from_data(TensorData::new(values.to_vec(), shape), (device, DType::F32))
+        };
+        let matrices = lhs.chunks(m * k).zip(rhs.chunks(n * k));
+        let truth: Vec<f64> = matrices.flat_map(|(lhs, rhs)| reference(lhs, rhs, k)).collect();
+        let result = product(tensor(&lhs, [batch, m, k]), tensor(&rhs, [batch, n, k]).swap_dims(1, 2));
+        let case = format!("{batch} of {m} × {k} × {n}");
+        found.push(Comparison::near("product", case, n, &values_of_tensor(result)?, &truth, F32));
+    }
+    Ok(found)
 }

@@ -6,10 +6,15 @@
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
+use half::f16;
 
+use super::check::{Angles, Cached, Comparison, F32, Inputs, Pool, halves, poisoned, read, read_cache};
 use super::dense::{ROWS, Shape, dot_rows};
 use super::group::{F4, Group, U4, group_sum};
 use super::linear::inverse_rms;
+use super::linear::multiplied;
+use super::{normalise, rotate};
+use crate::error::Result;
 
 /// Groups in a cube: small cubes spread evenly.
 const GROUPS: u32 = 1;
@@ -67,10 +72,14 @@ pub struct Buffers<'a> {
 
 /// Projects `tokens` rows, one of each sequence. The cache has the type `C`.
 pub fn launch<C: Float>(client: &Client, qkv: Qkv, tokens: usize, buffers: &Buffers<'_>) {
-    let group = Group::of(client);
+    launch_grouped::<C>(client, qkv, tokens, buffers, Group::of(client));
+}
+
+/// [`launch`] with a group of one's choice.
+fn launch_grouped<C: Float>(client: &Client, qkv: Qkv, tokens: usize, buffers: &Buffers<'_>, group: Group) {
     let rows = (qkv.heads + 2 * qkv.kv_heads) * qkv.head_dim;
     let chunks = qkv.columns / 8;
-    let shape = Shape { chunks, tokens, normed: true, unroll: UNROLL, group };
+    let shape = Shape { chunks, tokens, normed: true, unroll: UNROLL, group }.fitted();
     let pairs = qkv.head_dim / 2;
     // SAFETY: lengths are those of the buffers by the caller's contract; `rows` is a multiple of 8, so that cubes cover them
     // exactly, and page numbers are those of the pool.
@@ -161,4 +170,92 @@ fn slot(pages: &[u32], position: usize, t: usize, head: usize, #[comptime] qkv: 
     let table = comptime!(qkv.table);
     let page = pages[t * table + position / PAGE % table] as usize;
     ((page * comptime!(qkv.kv_heads) + head) * PAGE + position % PAGE) * comptime!(qkv.head_dim)
+}
+
+/// Queries, keys and values of a token: `W·norm(x) + b`, the first two rotated.
+fn reference(
+    qkv: Qkv,
+    weights: &[f64],
+    bias: &[f64],
+    norm: &[f64],
+    x: &[f64],
+    position: usize,
+    angles: &Angles,
+) -> [Vec<f64>; 3] {
+    let normed = normalise::reference(x, norm, qkv.epsilon);
+    let projected: Vec<f64> = multiplied(weights, &normed).zip(bias).map(|(sum, bias)| sum + bias).collect();
+    rotate::reference(&projected, [qkv.heads, qkv.kv_heads, qkv.head_dim], position, angles)
+}
+
+/// Sequences at positions of either table of angles, tables in which pages come round.
+pub(crate) fn check(client: &Client) -> Result<Vec<Comparison>> {
+    let of = |columns, [heads, kv_heads, head_dim]: [usize; 3], table| {
+        let epsilon = 1e-5f32.to_bits();
+        Qkv { columns, heads, kv_heads, head_dim, epsilon, table }
+    };
+    let mut found = check_cached::<f32>(client, &[(of(40, [4, 2, 16], 5), vec![300, 0])])?;
+    if halves(client) {
+        let cases = [
+            (of(2880, [8, 1, 64], 3), vec![131_071]),
+            (of(96, [16, 2, 64], 3), vec![255, 256, 5000]),
+            (of(64, [8, 8, 24], 2), vec![128, 127]),
+        ];
+        found.extend(check_cached::<f16>(client, &cases)?);
+    }
+    Ok(found)
+}
+
+fn check_cached<C: Cached>(client: &Client, cases: &[(Qkv, Vec<usize>)]) -> Result<Vec<Comparison>> {
+    let mut found = Vec::new();
+    for (qkv, positions) in cases {
+        let &Qkv { columns, heads, kv_heads, head_dim, table, .. } = qkv;
+        let (rows, tokens) = ((heads + 2 * kv_heads) * head_dim, positions.len());
+        let mut inputs = Inputs::new(client, columns as u64);
+        let (x, norm) = (inputs.f32(tokens * columns, 2.0), inputs.f32(columns, 2.0));
+        let (weights, bias) = (inputs.bf16(rows * columns, 0.1), inputs.f32(rows, 1.0));
+        let pool = Pool::new(&mut inputs.random, tokens, table, kv_heads, head_dim);
+        let angles = Angles::new(&inputs, head_dim, positions.iter().copied().fold(0, usize::max));
+        let (mut queries, mut cached) = (Vec::new(), pool.untouched());
+        for (sequence, (&position, x)) in positions.iter().zip(x.values.chunks(columns)).enumerate() {
+            let [q, k, v] =
+                reference(*qkv, &weights.values, &bias.values, &norm.values, x, position, &angles);
+            queries.extend(q);
+            pool.write(&mut cached, sequence, position, [&k, &v]);
+        }
+        let numbers: Vec<u32> = positions.iter().map(|&position| position as u32).collect();
+        for group in Group::all(client) {
+            let q = poisoned(client, tokens * heads * head_dim);
+            let [keys, values] = [(); 2].map(|()| pool.poisoned::<C>(client));
+            let buffers = Buffers {
+                x: &x.handle,
+                norm: &norm.handle,
+                weights: &weights.handle,
+                bias: &bias.handle,
+                coarse: &angles.coarse,
+                fine: &angles.fine,
+                positions: &inputs.upload(&numbers),
+                pages: &inputs.upload(&pool.numbers),
+                q: &q,
+                keys: &keys,
+                values: &values,
+                cache_len: pool.len(),
+            };
+            launch_grouped::<C>(client, *qkv, tokens, &buffers, group);
+            let case = |what: &str| {
+                format!(
+                    "{what}, {tokens} × {columns} → {heads}/{kv_heads}×{head_dim}, {}, {}",
+                    C::NAME,
+                    group.name()
+                )
+            };
+            let near = |what: &str, found: &[f32], truth: &[f64], bound| {
+                Comparison::near("qkv", case(what), head_dim, found, truth, bound)
+            };
+            found.push(near("queries", &read(client, &q)?, &queries, F32));
+            let rounding = C::ROUNDING + F32;
+            found.push(near("keys", &read_cache::<C>(client, &keys)?, &cached[0], rounding));
+            found.push(near("values", &read_cache::<C>(client, &values)?, &cached[1], rounding));
+        }
+    }
+    Ok(found)
 }

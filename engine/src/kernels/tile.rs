@@ -14,6 +14,8 @@
 //! factors, as the columns which the instruction calls 2q, 2q+1, 2q+8 and 2q+9 of two steps. MXFP4 codes leave a word as pairs
 //! 4 columns apart; the activations are put into that order on their way to shared memory.
 //!
+//! Few rows of activations are multiplied by `few`, without staging.
+//!
 //! Without the instruction both factors are staged: for cooperative matrices as f16, which a plane multiplies four of at
 //! a time, and else as f32, of which each unit sums 16 products.
 
@@ -23,6 +25,7 @@ use cubecl::prelude::*;
 use half::{bf16, f16};
 
 use super::dense::{high, low};
+use super::few::{self, place_of_few, product_of_few};
 use super::group::U4;
 use super::method::Method;
 
@@ -40,10 +43,19 @@ const FRAGMENT_ROWS: usize = 2 * SIDE;
 const FRAGMENT_PLANES: usize = 8;
 /// Pieces of eight values between its rows in shared memory, one more than a strip so that rows lie in different banks.
 const FRAGMENT_STRIDE: usize = STRIP / 8 + 1;
+/// A row of activations beyond any.
+pub(super) const NOWHERE: usize = 1 << 28;
+/// Rows of activations that an MXFP4 matrix meets on average, up to which they are few.
+const FEW_PAIRS: usize = 4;
 /// What MXFP4 weights are multiplied by as f16 lies 2^10 above their value: scales from 2^−33 to 2^3 are exact.
 const OVER: u32 = 10;
 /// What MXFP4 weights are multiplied by as bf16 lies 2^48 below their value, so that scales up to 2^49 fit.
-const UNDER: u32 = 48;
+pub(super) const UNDER: u32 = 48;
+
+/// Tokens, planes, eights, steps and steps ahead of the tiles for bf16 matrices, those for fewer tokens first.
+const DENSE: [[usize; 5]; 4] = [[32, 4, 2, 8, 5], [32, 4, 4, 4, 2], [64, 4, 4, 4, 2], [128, 8, 4, 4, 1]];
+/// Those of the tiles for MXFP4 matrices.
+const GROUPED: [[usize; 5]; 3] = [[16, 4, 4, 8, 0], [32, 4, 4, 4, 0], [64, 6, 4, 4, 0]];
 
 /// How a matrix is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -78,13 +90,15 @@ pub(crate) struct Tile {
     pub format: Format,
     /// Who multiplies, and so how the activations are stored.
     pub method: Method,
-    /// Rows of activations: 16, 32, 64 or 128 with the instruction, [`SIDE`] without.
+    /// Rows of activations: 16, 32, 64 or 128 with the instruction, 8, 16 or 32 where columns are split, [`SIDE`] without it.
     pub tokens: usize,
+    /// Whether the planes of a cube have the same rows of the matrix and every one a part of their columns (`few`).
+    pub split: bool,
     /// Planes of a cube with the instruction.
     pub planes: usize,
     /// Rows of the matrix that such a plane has, in eights.
     pub eights: usize,
-    /// Steps of 32 columns in a chunk, 4 or 8.
+    /// Steps of 32 columns in a chunk, 4 or 8; where columns are split, parts that a plane reads at a time.
     pub steps: usize,
     /// Steps that bf16 weights are read ahead, less than `steps`. MXFP4 weights are read a chunk ahead.
     pub ahead: usize,
@@ -94,52 +108,100 @@ impl Tile {
     /// The tile for `tokens` rows of activations and a bf16 matrix, as measured on an H100: few rows want their weights read far
     /// ahead, many want them read seldom.
     pub(crate) fn dense(client: &Client, columns: usize, matrix_rows: usize, tokens: usize) -> Tile {
-        let large = Tile::new(client, Format::Bf16, columns, matrix_rows, [128, 8, 4, 4, 1]);
+        if tokens <= few::MOST_TOKENS {
+            return Tile::few(Method::of(client), Format::Bf16, columns, matrix_rows, tokens);
+        }
+        let [some, more, many, most] = DENSE;
+        let method = Method::of(client);
+        let large = Tile::new(method, Format::Bf16, columns, matrix_rows, most);
         let shape = match tokens {
-            0..=32 => [16, 8, 1, 8, 7],
-            33..=256 => [32, 4, 2, 8, 5],
-            257..=768 => [32, 4, 4, 4, 2],
+            ..=256 => some,
+            257..=768 => more,
             _ => {
                 // The last round of cubes had better be a full one.
                 let processors =
                     client.properties().hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
                 let cubes = tokens.div_ceil(large.tokens) * matrix_rows.div_ceil(large.rows());
                 let places = cubes.next_multiple_of(processors);
-                if cubes * 4 >= places * 3 { [128, 8, 4, 4, 1] } else { [64, 4, 4, 4, 2] }
+                if cubes * 4 >= places * 3 { most } else { many }
             }
         };
-        Tile::new(client, Format::Bf16, columns, matrix_rows, shape)
+        Tile::new(method, Format::Bf16, columns, matrix_rows, shape)
     }
 
     /// The tile for MXFP4 matrices that `tokens` rows of activations meet each, on average.
     pub(crate) fn grouped(client: &Client, columns: usize, matrix_rows: usize, tokens: usize) -> Tile {
+        if tokens <= FEW_PAIRS {
+            return Tile::few(Method::of(client), Format::Mxfp4, columns, matrix_rows, 1);
+        }
+        let [few, more, many] = GROUPED;
         let shape = match tokens {
-            0..=16 => [16, 4, 4, 8, 0],
-            17..=96 => [32, 4, 4, 4, 0],
-            _ => [64, 6, 4, 4, 0],
+            0..=16 => few,
+            17..=96 => more,
+            _ => many,
         };
-        Tile::new(client, Format::Mxfp4, columns, matrix_rows, shape)
+        Tile::new(Method::of(client), Format::Mxfp4, columns, matrix_rows, shape)
     }
 
-    fn new(client: &Client, format: Format, columns: usize, matrix_rows: usize, shape: [usize; 5]) -> Tile {
-        let method = Method::of(client);
+    /// Every tile that is ever chosen, for every method that a device has.
+    pub(crate) fn all(client: &Client, format: Format, columns: usize, matrix_rows: usize) -> Vec<Tile> {
+        let (shapes, few): (&[[usize; 5]], &[usize]) = match format {
+            Format::Bf16 => (&DENSE, &[8, 16, 32]),
+            Format::Mxfp4 => (&GROUPED, &[1]),
+        };
+        let of_method = |method| {
+            // Shapes are those of the instruction.
+            let (shapes, few) =
+                if method == Method::TensorCores { (shapes, few) } else { (&shapes[..1], &[][..]) };
+            let large =
+                shapes.iter().map(move |&shape| Tile::new(method, format, columns, matrix_rows, shape));
+            large
+                .chain(few.iter().map(move |&tokens| Tile::few(method, format, columns, matrix_rows, tokens)))
+        };
+        Method::all(client).into_iter().flat_map(of_method).collect()
+    }
+
+    fn new(method: Method, format: Format, columns: usize, matrix_rows: usize, shape: [usize; 5]) -> Tile {
         let shape = if method == Method::TensorCores { shape } else { [SIDE, 0, 0, 0, 0] };
         let [tokens, planes, eights, steps, ahead] = shape;
-        Tile { columns, matrix_rows, format, method, tokens, planes, eights, steps, ahead }
+        Tile { columns, matrix_rows, format, method, tokens, split: false, planes, eights, steps, ahead }
+    }
+
+    /// The tile for up to [`few::MOST_TOKENS`] rows of activations.
+    fn few(method: Method, format: Format, columns: usize, matrix_rows: usize, tokens: usize) -> Tile {
+        let eights_of_tokens = tokens.div_ceil(8).next_power_of_two();
+        let [planes, eights, steps] = few::shape(format, matrix_rows);
+        let shape = [8 * eights_of_tokens, planes, eights, steps, 0];
+        let tile = Tile::new(method, format, columns, matrix_rows, shape);
+        Tile { split: tile.method == Method::TensorCores, ..tile }
+    }
+
+    /// What tells it from the others of a product.
+    pub(crate) fn name(&self) -> String {
+        let Tile { method, tokens, planes, eights, steps, .. } = self;
+        match method {
+            Method::TensorCores if self.split => format!("{method:?} {tokens}, columns split"),
+            Method::TensorCores => format!("{method:?} {tokens}×{planes}×{eights}, {steps} steps"),
+            Method::Fragments | Method::Units => format!("{method:?}"),
+        }
     }
 
     /// Rows of the matrix in a cube.
     pub(crate) fn rows(&self) -> usize {
         match self.method {
+            Method::TensorCores if self.split => self.eights * 8,
             Method::TensorCores => self.planes * self.eights * 8,
             Method::Fragments => FRAGMENT_ROWS,
             Method::Units => SIDE,
         }
     }
 
-    /// Chunks or strips of a row.
+    /// Chunks, strips or rounds of a row.
     pub(crate) fn chunks(&self) -> usize {
         match self.method {
+            Method::TensorCores if self.split => {
+                self.columns.div_ceil(4 * self.format.values() * self.planes * self.steps)
+            }
             Method::TensorCores => self.columns.div_ceil(32 * self.steps),
             Method::Fragments | Method::Units => self.columns / STRIP,
         }
@@ -165,7 +227,13 @@ impl Tile {
 
     /// Pairs of neighbouring rows' sums that a unit ends up with.
     pub(crate) fn pairs(&self) -> usize {
-        self.tokens * self.rows() / self.units() / 2
+        let pairs = self.tokens * self.rows() / 2;
+        if self.split { 2 * pairs.div_ceil(2 * self.units()) } else { pairs / self.units() }
+    }
+
+    /// Whether the sums of the pairs `2n` and `2n + 1` are those of four neighbouring rows.
+    pub(crate) fn has_quads(&self) -> bool {
+        self.split || self.method != Method::TensorCores
     }
 
     /// 16-byte pieces of activations in a chunk of a row.
@@ -200,17 +268,21 @@ impl Tile {
 }
 
 /// Where the pair `pair` of a unit's sums belongs: the row of activations and the first of the two rows of the matrix, in the
-/// tile.
+/// tile. A pair that a unit does not have belongs to row [`NOWHERE`].
 #[cube]
 pub(crate) fn place(pair: usize, #[comptime] tile: Tile) -> (usize, usize) {
     let unit = UNIT_POS as usize;
     let (plane, lane) = (unit / 32, unit % 32);
     match tile.method {
         Method::TensorCores => {
-            let token = pair / comptime!(2 * tile.eights) * 16 + pair % 2 * 8 + lane / 4;
-            let row =
-                plane * comptime!(8 * tile.eights) + pair / 2 % comptime!(tile.eights) * 8 + lane % 4 * 2;
-            (token, row)
+            if comptime!(tile.split) {
+                place_of_few(pair, tile)
+            } else {
+                let token = pair / comptime!(2 * tile.eights) * 16 + pair % 2 * 8 + lane / 4;
+                let row =
+                    plane * comptime!(8 * tile.eights) + pair / 2 % comptime!(tile.eights) * 8 + lane % 4 * 2;
+                (token, row)
+            }
         }
         Method::Fragments => {
             // A lane has two quads of each of four fragments.
@@ -248,7 +320,11 @@ pub(crate) fn product(
 ) {
     match tile.method {
         Method::TensorCores => {
-            product_of_tensor_cores(weights, scales, x, sources, sums, matrix, first, chunks, tile);
+            if comptime!(tile.split) {
+                product_of_few(weights, scales, x, sources, sums, matrix, first, chunks, tile);
+            } else {
+                product_of_tensor_cores(weights, scales, x, sources, sums, matrix, first, chunks, tile);
+            }
         }
         Method::Fragments => {
             product_of_fragments(weights, scales, x, sources, sums, matrix, first, chunks, tile)
@@ -460,18 +536,36 @@ fn read_blocks(
             let at = rows[n] + block;
             let slot = comptime!(first + i * tile.eights + n);
             words[slot] = weights[at];
-            let stored = (scales[at / 4] >> (u32::cast_from(at % 4) * 8u32)) & 255u32;
-            // The factor's bits as bf16, twice.
-            let exponent = stored + comptime!(112 - UNDER);
-            exponents[slot] = select(exponent < 254u32, exponent, 254u32) * 0x0080_0080u32;
+            exponents[slot] = factor_of_block(scales, at);
         }
     }
+}
+
+/// The bits of the factor of an MXFP4 block as bf16, twice.
+#[cube]
+pub(super) fn factor_of_block(scales: &[u32], block: usize) -> u32 {
+    let stored = (scales[block / 4] >> (u32::cast_from(block % 4) * 8u32)) & 255u32;
+    let exponent = stored + comptime!(112 - UNDER);
+    select(exponent < 254u32, exponent, 254u32) * 0x0080_0080u32
+}
+
+/// Eight activations in the order in which codes leave a word: 0, 4, 1, 5, 2, 6, 3, 7.
+#[cube]
+pub(super) fn in_order_of_codes(read: U4) -> U4 {
+    let mut words = U4::empty();
+    #[unroll]
+    for w in 0..2usize {
+        let (front, back) = (read.extract(w), read.extract(comptime!(w + 2)));
+        words.insert(comptime!(2 * w), front & 0xffffu32 | back << 16u32);
+        words.insert(comptime!(2 * w + 1), front >> 16u32 | back & 0xffff_0000u32);
+    }
+    words
 }
 
 /// The codes `3 − i` and `7 − i` … of a word as a pair of bf16, times the factor: put into the bits of a bf16, a code `s e e m`
 /// is its value times 2^−126.
 #[cube]
-fn decoded_pair(word: u32, factor: u32, #[comptime] shift: u32) -> u32 {
+pub(super) fn decoded_pair(word: u32, factor: u32, #[comptime] shift: u32) -> u32 {
     let moved = word << comptime!(4 * shift);
     let bits = (moved & 0x8000_8000u32) | ((moved >> 6u32) & 0x01c0_01c0u32);
     u32::reinterpret(
@@ -537,13 +631,7 @@ fn write_part(
             let read = staged[i];
             let mut words = read;
             if comptime!(tile.format == Format::Mxfp4) {
-                // Values 0, 4, 1, 5, 2, 6, 3, 7, the order in which codes leave a word.
-                #[unroll]
-                for w in 0..2usize {
-                    let (front, back) = (read.extract(w), read.extract(comptime!(w + 2)));
-                    words.insert(comptime!(2 * w), front & 0xffffu32 | back << 16u32);
-                    words.insert(comptime!(2 * w + 1), front >> 16u32 | back & 0xffff_0000u32);
-                }
+                words = in_order_of_codes(read);
             }
             let even = comptime!((tile.tokens * tile.pieces()).is_multiple_of(tile.units()));
             if even || row < comptime!(tile.tokens) {

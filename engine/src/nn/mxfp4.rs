@@ -1,6 +1,7 @@
 //! Linear layers whose weights stay in MXFP4 (OCP Microscaling Formats 1.0).
 
 use burn::tensor::{DType, FloatDType, Int, IntDType, Tensor, TensorData};
+use formats::mxfp4::{MAX_SCALE, stored_scale};
 
 use crate::kernels::mxfp4::{BLOCK, select_and_multiply};
 
@@ -32,6 +33,17 @@ pub struct Mxfp4SizeError {
     scales: usize,
 }
 
+/// A checkpoint's matrices that cannot be packed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Mxfp4Error {
+    /// Sizes that no packed matrix has.
+    #[error(transparent)]
+    Size(#[from] Mxfp4SizeError),
+    /// A scale that is too large.
+    #[error("an MXFP4 scale of {0}: needed {MAX_SCALE} at most")]
+    Scale(u8),
+}
+
 impl Mxfp4Linear {
     /// Puts matrices on a device as `model.bin` stores them, expert after expert.
     ///
@@ -60,6 +72,31 @@ impl Mxfp4Linear {
             blocks: Tensor::from_data(words(blocks, &[experts, rows, columns / 8]), options),
             scales: Tensor::from_data(words(scales, &[experts, rows * columns / (4 * BLOCK)]), options),
         })
+    }
+
+    /// [`Mxfp4Linear::from_stored`] for blocks and scales of a checkpoint: one expert's `…mlp1_weight.blocks` and `.scales` after
+    /// the other's.
+    ///
+    /// # Errors
+    /// As there, and where a scale exceeds 240 (2^113), which is more than kernels multiply by.
+    pub fn from_checkpoint(
+        blocks: Vec<u8>,
+        scales: Vec<u8>,
+        dims: [usize; 3],
+        device: &burn::tensor::Device,
+    ) -> Result<Mxfp4Linear, Mxfp4Error> {
+        let stored = scales.into_iter().map(|scale| stored_scale(scale).ok_or(Mxfp4Error::Scale(scale)));
+        Ok(Mxfp4Linear::from_stored(blocks, stored.collect::<Result<_, _>>()?, dims, device)?)
+    }
+
+    /// Blocks, u32 `[experts, rows, columns / 8]`, and scales, u32 `[experts, rows · columns / 128]`.
+    pub fn tensors(&self) -> (Tensor<3, Int>, Tensor<2, Int>) {
+        (self.blocks.clone(), self.scales.clone())
+    }
+
+    /// The device that they are on.
+    pub fn device(&self) -> burn::tensor::Device {
+        self.blocks.device()
     }
 
     /// `[experts, rows, columns]`.

@@ -4,10 +4,10 @@ use super::history::History;
 use super::{MAX_VOCABULARY, Options, SampleError};
 
 /// The score of a banned token: below any logit, and finite so that no device has to handle infinities.
-pub(super) const NEVER: f32 = -1e30;
+pub(crate) const NEVER: f32 = -1e30;
 
 /// Where no score is above this, no token is left.
-pub(super) const NOTHING: f32 = -1e20;
+pub(crate) const NOTHING: f32 = -1e20;
 
 /// The distribution that a token is drawn from: after penalties, temperature and filters.
 #[derive(Clone, Debug)]
@@ -186,7 +186,7 @@ fn largest(scores: &[f32]) -> (usize, f32) {
 
 /// What turns logits into log-probabilities.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct LogSumExp {
+pub(crate) struct LogSumExp {
     /// The largest logit.
     pub largest: f64,
     /// Σ exp(logit − largest).

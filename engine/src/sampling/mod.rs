@@ -52,7 +52,8 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 pub use distribution::Distribution;
 pub use options::{Options, OptionsError};
 
-use distribution::LogSumExp;
+pub(crate) use distribution::LogSumExp;
+pub(crate) use distribution::{NEVER, NOTHING};
 use history::History;
 
 /// Why no token could be drawn.
@@ -168,6 +169,22 @@ impl Sampler {
     /// Tokens of the history that were generated.
     pub fn generated(&self) -> usize {
         self.history.generated()
+    }
+
+    /// Refuses options and a history that a vocabulary does not fit.
+    pub(crate) fn check_vocabulary(&self, vocabulary: usize) -> Result<(), SampleError> {
+        distribution::check_vocabulary(&self.options, &self.history, vocabulary)
+    }
+
+    /// Every token of the history: how often it was generated, and whether the prompt has it. In no order.
+    pub(crate) fn counts(&self) -> impl Iterator<Item = (u32, u32, bool)> {
+        self.history.counts().map(|(token, counts)| (token, counts.generated, counts.all > counts.generated))
+    }
+
+    /// The same history with another top-p.
+    pub(crate) fn with_top_p(&self, top_p: f32) -> Sampler {
+        let options = Options { top_p, ..self.options.clone() };
+        Sampler { options, history: self.history.clone(), device: device::State::default() }
     }
 
     /// Forgets all but the first `len` tokens of the history, and rewinds the random stream with them. Does nothing

@@ -122,22 +122,22 @@ impl Options {
     }
 
     /// What scores are multiplied by.
-    pub(super) fn inverse_temperature(&self) -> f32 {
+    pub(crate) fn inverse_temperature(&self) -> f32 {
         1.0 / self.temperature
     }
 
     /// The factors of positive and of other logits of tokens that occurred; `None` where they are 1.
-    pub(super) fn repetition(&self) -> Option<(f32, f32)> {
+    pub(crate) fn repetition(&self) -> Option<(f32, f32)> {
         (self.repetition_penalty != 1.0).then(|| (1.0 / self.repetition_penalty, self.repetition_penalty))
     }
 
     /// Whether generated tokens are penalised.
-    pub(super) fn subtracts(&self) -> bool {
+    pub(crate) fn subtracts(&self) -> bool {
         self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
     }
 
     /// Whether scores are the logits.
-    pub(super) fn keeps_logits(&self) -> bool {
+    pub(crate) fn keeps_logits(&self) -> bool {
         self.logit_bias.is_empty() && self.repetition().is_none() && !self.subtracts()
     }
 
@@ -147,12 +147,12 @@ impl Options {
     }
 
     /// What min-p allows a score, after the temperature, to be below the largest; `None` where it is off.
-    pub(super) fn min_p_distance(&self) -> Option<f32> {
+    pub(crate) fn min_p_distance(&self) -> Option<f32> {
         (self.min_p > 0.0).then(|| -f64::from(self.min_p).ln() as f32)
     }
 
     /// How many tokens top-k keeps of a vocabulary; `None` where it keeps all.
-    pub(super) fn top_k_of(&self, vocabulary: usize) -> Option<usize> {
+    pub(crate) fn top_k_of(&self, vocabulary: usize) -> Option<usize> {
         (self.top_k > 0 && self.top_k < vocabulary).then_some(self.top_k)
     }
 }

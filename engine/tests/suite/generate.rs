@@ -6,8 +6,8 @@ use std::path::Path;
 use crate::devices::devices;
 use engine::backend::{Device, Float};
 use engine::gpt_oss::model::read;
-use engine::gpt_oss::{LoadOptions, Model, Outcome, Request, Session, Stop, generate};
-use engine::sampling::Options;
+use engine::gpt_oss::{LoadOptions, Model, Outcome, Request, Session, Stop, Stream, generate};
+use engine::sampling::{Options, Sampler};
 use formats::model_bin::{Stored, StoredOptions};
 
 fn load(options: LoadOptions, device: &Device) -> Model {
@@ -70,51 +70,54 @@ fn a_seed_repeats_and_another_does_not() {
 
 #[test]
 fn a_stop_token_ends_the_text_and_is_part_of_it() {
-    let device = &devices()[0];
-    let model = load(LoadOptions::default(), device);
-    let text = run(&model, &request(Options::greedy(), 20)).tokens;
-    let stop = text[7];
-    let first = text.iter().position(|&token| token == stop).unwrap();
-    let outcome = run(&model, &Request { stop: vec![stop], ..request(Options::greedy(), 20) });
-    assert_eq!(outcome.tokens, text[..=first]);
-    assert_eq!(outcome.stop, Stop::Token(stop));
+    for device in devices() {
+        let model = load(LoadOptions::default(), &device);
+        let text = run(&model, &request(Options::greedy(), 20)).tokens;
+        let stop = text[7];
+        let first = text.iter().position(|&token| token == stop).unwrap();
+        let outcome = run(&model, &Request { stop: vec![stop], ..request(Options::greedy(), 20) });
+        assert_eq!(outcome.tokens, text[..=first]);
+        assert_eq!(outcome.stop, Stop::Token(stop));
+    }
 }
 
 #[test]
 fn the_callback_sees_every_token_at_once_and_can_cancel() {
-    let device = &devices()[0];
-    let model = load(LoadOptions::default(), device);
-    let whole = run(&model, &request(Options::greedy(), 20));
-    assert_eq!(whole.stop, Stop::MaxTokens);
-    let mut session = Session::new(&model);
-    let logits = session.advance(&PROMPT).unwrap();
-    generate(&mut session, logits, &request(Options::greedy(), 20), &mut |_| ControlFlow::Continue(()))
+    for device in devices() {
+        let model = load(LoadOptions::default(), &device);
+        let whole = run(&model, &request(Options::greedy(), 20));
+        assert_eq!(whole.stop, Stop::MaxTokens);
+        let mut session = Session::new(&model);
+        let logits = session.advance(&PROMPT).unwrap();
+        generate(&mut session, logits, &request(Options::greedy(), 20), &mut |_| ControlFlow::Continue(()))
+            .unwrap();
+        assert_eq!(session.tokens()[PROMPT.len()..], whole.tokens[..19]);
+        let mut session = Session::new(&model);
+        let logits = session.advance(&PROMPT).unwrap();
+        let mut seen = Vec::new();
+        let outcome = generate(&mut session, logits, &request(Options::greedy(), 20), &mut |step| {
+            assert_eq!(step.index, seen.len());
+            seen.push(step.token);
+            if seen.len() == 6 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })
         .unwrap();
-    assert_eq!(session.tokens()[PROMPT.len()..], whole.tokens[..19]);
-    let mut session = Session::new(&model);
-    let logits = session.advance(&PROMPT).unwrap();
-    let mut seen = Vec::new();
-    let outcome = generate(&mut session, logits, &request(Options::greedy(), 20), &mut |step| {
-        assert_eq!(step.index, seen.len());
-        seen.push(step.token);
-        if seen.len() == 6 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    })
-    .unwrap();
-    assert_eq!(outcome.stop, Stop::Cancelled);
-    assert_eq!(seen, whole.tokens[..6]);
-    assert_eq!(outcome.tokens, seen);
-    // The last token is not in the session: nothing was computed for it.
-    assert_eq!(session.tokens()[PROMPT.len()..], seen[..5]);
+        assert_eq!(outcome.stop, Stop::Cancelled);
+        assert_eq!(seen, whole.tokens[..6]);
+        assert_eq!(outcome.tokens, seen);
+        // The last token is not in the session: nothing was computed for it.
+        assert_eq!(session.tokens()[PROMPT.len()..], seen[..5]);
+    }
 }
 
 #[test]
 fn a_full_context_ends_the_text() {
-    let device = &devices()[0];
-    let model = load(LoadOptions { context: Some(12), ..LoadOptions::default() }, device);
-    let outcome = run(&model, &request(Options::greedy(), 100));
-    assert_eq!(outcome.stop, Stop::ContextFull);
-    // Seven more fit; the eighth was chosen from the logits of the last one.
-    assert_eq!(outcome.tokens.len(), 8);
+    for device in devices() {
+        let model = load(LoadOptions { context: Some(12), ..LoadOptions::default() }, &device);
+        let outcome = run(&model, &request(Options::greedy(), 100));
+        assert_eq!(outcome.stop, Stop::ContextFull);
+        // Seven more fit; the eighth was chosen from the logits of the last one.
+        assert_eq!(outcome.tokens.len(), 8);
+    }
 }
 
 #[test]
@@ -150,11 +153,43 @@ fn log_probabilities_are_those_of_the_model() {
 
 #[test]
 fn options_that_make_no_sense_are_errors() {
-    let device = &devices()[0];
-    let model = load(LoadOptions::default(), device);
-    let mut session = Session::new(&model);
-    let logits = session.advance(&PROMPT).unwrap();
-    let options = Options { top_p: f32::NAN, ..Options::default() };
-    let result = generate(&mut session, logits, &request(options, 1), &mut |_| ControlFlow::Continue(()));
-    assert!(matches!(result, Err(engine::Error::SamplingOptions(_))));
+    for device in devices() {
+        let model = load(LoadOptions::default(), &device);
+        let mut session = Session::new(&model);
+        let logits = session.advance(&PROMPT).unwrap();
+        let options = Options { top_p: f32::NAN, ..Options::default() };
+        let result = generate(&mut session, logits, &request(options, 1), &mut |_| ControlFlow::Continue(()));
+        assert!(matches!(result, Err(engine::Error::SamplingOptions(_))));
+    }
+}
+
+#[test]
+fn sequences_that_are_decoded_together_write_what_each_writes_alone() {
+    let prompts = [&PROMPT[..], &[1, 2], &[200, 100, 50, 25, 12, 6, 3]];
+    for device in devices() {
+        let model = load(LoadOptions::default(), &device);
+        let decode = |prompts: &[&[u32]]| -> Vec<Vec<u32>> {
+            let mut caches: Vec<_> = prompts.iter().map(|_| model.new_cache()).collect();
+            let mut samplers = vec![Sampler::new(Options::greedy()).unwrap(); prompts.len()];
+            let mut texts: Vec<Vec<u32>> = vec![Vec::new(); prompts.len()];
+            let mut streams = Vec::new();
+            for ((cache, sampler), prompt) in caches.iter_mut().zip(&mut samplers).zip(prompts) {
+                let (token, rest) = prompt.split_last().unwrap();
+                model.prefill(cache, rest).unwrap();
+                streams.push(Stream { cache, token: *token, sampler });
+            }
+            model
+                .decode(&mut streams, 25, &mut |drawn| {
+                    texts.iter_mut().zip(drawn).for_each(|(text, sampled)| text.push(sampled.token));
+                    ControlFlow::Continue(())
+                })
+                .unwrap();
+            for (stream, text) in streams.iter().zip(&texts) {
+                assert_eq!((stream.token, stream.sampler.generated()), (text[24], 25));
+            }
+            texts
+        };
+        let alone: Vec<Vec<u32>> = prompts.iter().map(|prompt| decode(&[prompt]).remove(0)).collect();
+        assert_eq!(decode(&prompts), alone, "{}", device.backend());
+    }
 }

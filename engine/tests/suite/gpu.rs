@@ -1,27 +1,32 @@
 //! The runtime of GPUs against traces of the genuine module (fixtures/gpt-oss) and against itself.
 
+use std::ops::ControlFlow;
+
+use engine::Error;
+use engine::backend::Backend;
 use engine::gpt_oss::Config;
-use engine::gpu::{Cache, Model};
+use engine::gpu::{Cache, Model, Stream};
+use engine::sampling::{Options, Sampler};
 use formats::model_bin::{Stored, StoredOptions};
 
 use crate::trace::{CASES, Reference, fixture, l2_error, largest_error};
 
 /// A GPU, in software where there is none; with CI=true it must be there.
 fn clients() -> Vec<cubecl::client::Client> {
-    let devices = [
-        cubecl::Device::wgpu(Default::default()),
-        #[cfg(feature = "cuda")]
-        cubecl::Device::cuda(0),
-    ];
-    let found: Vec<_> = devices.into_iter().filter_map(Result::ok).map(|device| device.client()).collect();
+    let devices = [Backend::Wgpu, Backend::Cuda].map(Backend::open);
+    let found: Vec<_> = devices.into_iter().flatten().filter_map(|device| device.client()).collect();
     assert!(!found.is_empty() || std::env::var_os("CI").is_none(), "no device");
     found
 }
 
 fn load(name: &str, client: &cubecl::client::Client) -> Model {
+    load_for(name, 4096, client)
+}
+
+fn load_for(name: &str, context: usize, client: &cubecl::client::Client) -> Model {
     let stored = Stored::open(&fixture(name), &StoredOptions::default(), &()).unwrap();
     let config = Config::new(stored.header(), stored.dims()).unwrap();
-    let context = config.context_length.min(4096);
+    let context = config.context_length.min(context);
     Model::load(&stored, &config, context, client.clone(), &()).unwrap()
 }
 
@@ -43,12 +48,14 @@ fn steps_and_prefills_agree_with_the_genuine_module() {
             let reference = Reference::open(name);
             let (tokens, truth) = (reference.tokens(), reference.values("logits"));
             let rows: Vec<&[f64]> = truth.chunks(truth.len() / tokens.len()).collect();
-            let mut cache = model.new_cache();
-            let mut logits = Vec::new();
-            for &token in &tokens {
-                logits.extend(model.step(&mut [(&mut cache, token)]).unwrap());
-            }
-            assert_close(name, "token by token", &logits, &truth);
+            let token_by_token = |model: &Model| -> Vec<f32> {
+                let mut cache = model.new_cache();
+                let step = |&token| model.step(&mut [(&mut cache, token)]).unwrap();
+                tokens.iter().flat_map(step).collect()
+            };
+            assert_close(name, "token by token", &token_by_token(&model), &truth);
+            let model = model.tiled_from(1);
+            assert_close(name, "token by token, with tiles", &token_by_token(&model), &truth);
             for chunk in [tokens.len(), 7] {
                 let mut cache = model.new_cache();
                 for (index, part) in tokens.chunks(chunk).enumerate() {
@@ -62,41 +69,42 @@ fn steps_and_prefills_agree_with_the_genuine_module() {
     }
 }
 
-/// More sequences and longer ones than the first pages hold; snapshots that go their own ways.
+/// More sequences and longer ones than the first pages hold; snapshots that go their own ways. With tiles and without.
 #[test]
 fn sequences_share_pages_and_do_not_disturb_each_other() {
     for client in clients() {
-        let model = load("long", &client);
-        let tokens = |seed: u32, count: u32| -> Vec<u32> {
-            (0..count).map(|i| (i * i * 7 + i * 31 + seed * 101) % 256).collect()
-        };
-        let alone = |tokens: &[u32]| model.prefill(&mut model.new_cache(), tokens).unwrap();
-        let mut caches: Vec<Cache> = (0..6).map(|_| model.new_cache()).collect();
-        let prompts: Vec<Vec<u32>> = (0..6).map(|seed| tokens(seed, 90 + 20 * seed)).collect();
-        for (cache, prompt) in caches.iter_mut().zip(&prompts) {
-            model.prefill(cache, prompt).unwrap();
+        for tiled_from in [usize::MAX, 1] {
+            sequences_share_pages(load("long", &client).tiled_from(tiled_from));
         }
-        let snapshots = caches.clone();
-        let mut texts = prompts.clone();
-        for round in 0..3 {
-            // The second and third rounds go on from the snapshots, other tokens each time.
-            caches.clone_from_slice(&snapshots);
-            texts.clone_from_slice(&prompts);
-            for step in 0..40 {
-                let next: Vec<u32> = (0..6).map(|index| (step * 13 + index * 29 + round * 7) % 256).collect();
-                let mut batch: Vec<_> = caches.iter_mut().zip(next.iter().copied()).collect();
-                let logits = model.step(&mut batch).unwrap();
-                texts.iter_mut().zip(&next).for_each(|(text, token)| text.push(*token));
-                if step % 13 == 0 {
-                    for (logits, text) in logits.chunks(model.config().vocabulary).zip(&texts) {
-                        let truth: Vec<f64> = alone(text).into_iter().map(f64::from).collect();
-                        let error = largest_error(logits, &truth);
-                        assert!(
-                            error <= 2e-3,
-                            "round {round}, step {step}, {} tokens: {error:e}",
-                            text.len()
-                        );
-                    }
+    }
+}
+
+fn sequences_share_pages(model: Model) {
+    let tokens = |seed: u32, count: u32| -> Vec<u32> {
+        (0..count).map(|i| (i * i * 7 + i * 31 + seed * 101) % 256).collect()
+    };
+    let alone = |tokens: &[u32]| model.prefill(&mut model.new_cache(), tokens).unwrap();
+    let mut caches: Vec<Cache> = (0..6).map(|_| model.new_cache()).collect();
+    let prompts: Vec<Vec<u32>> = (0..6).map(|seed| tokens(seed, 90 + 20 * seed)).collect();
+    for (cache, prompt) in caches.iter_mut().zip(&prompts) {
+        model.prefill(cache, prompt).unwrap();
+    }
+    let snapshots = caches.clone();
+    let mut texts = prompts.clone();
+    for round in 0..3 {
+        // The second and third rounds go on from the snapshots, other tokens each time.
+        caches.clone_from_slice(&snapshots);
+        texts.clone_from_slice(&prompts);
+        for step in 0..40 {
+            let next: Vec<u32> = (0..6).map(|index| (step * 13 + index * 29 + round * 7) % 256).collect();
+            let mut batch: Vec<_> = caches.iter_mut().zip(next.iter().copied()).collect();
+            let logits = model.step(&mut batch).unwrap();
+            texts.iter_mut().zip(&next).for_each(|(text, token)| text.push(*token));
+            if step % 13 == 0 {
+                for (logits, text) in logits.chunks(model.config().vocabulary).zip(&texts) {
+                    let truth: Vec<f64> = alone(text).into_iter().map(f64::from).collect();
+                    let error = largest_error(logits, &truth);
+                    assert!(error <= 2e-3, "round {round}, step {step}, {} tokens: {error:e}", text.len());
                 }
             }
         }
@@ -113,14 +121,81 @@ fn the_graph_chooses_the_largest_logit() {
             model.prefill(&mut cache, &tokens[..8]).unwrap();
             let mut other = cache.clone();
             let mut last = tokens[8];
-            let chosen = model.generate(&mut [(&mut cache, last)], 150).unwrap().remove(0);
-            assert_eq!((chosen.len(), cache.len()), (150, 158));
+            let mut sampler = Sampler::new(Options::greedy()).unwrap();
+            let mut stream = [Stream { cache: &mut cache, token: last, sampler: &mut sampler }];
+            let mut chosen = Vec::new();
+            model
+                .decode(&mut stream, 150, &mut |drawn| {
+                    chosen.push(drawn[0].token);
+                    ControlFlow::Continue(())
+                })
+                .unwrap();
+            assert_eq!((chosen.len(), cache.len(), sampler.generated()), (150, 158, 150));
             for token in chosen {
                 let logits = model.step(&mut [(&mut other, last)]).unwrap();
                 let largest = logits.iter().copied().fold(f32::MIN, f32::max);
                 // The first of equals.
                 last = logits.iter().position(|&logit| logit == largest).unwrap() as u32;
                 assert_eq!(token, last, "{name}");
+            }
+        }
+    }
+}
+
+/// Asked for more tokens than there is room for, a decoding draws as many as there is room for, loses none, and says so.
+#[test]
+fn a_full_context_ends_a_decoding() {
+    for client in clients() {
+        let decode = |context: usize, most: usize| {
+            let model = load_for("three-blocks", context, &client);
+            let mut cache = model.new_cache();
+            model.prefill(&mut cache, &[1, 2, 3, 4, 5, 6, 7, 8]).unwrap();
+            let mut sampler = Sampler::new(Options::greedy()).unwrap();
+            let mut stream = [Stream { cache: &mut cache, token: 9, sampler: &mut sampler }];
+            let mut drawn = Vec::new();
+            let decoded = model.decode(&mut stream, most, &mut |sampled| {
+                drawn.push(sampled[0].token);
+                ControlFlow::Continue(())
+            });
+            assert_eq!(Some(&stream[0].token), drawn.last());
+            (decoded, drawn, cache.len())
+        };
+        let (decoded, drawn, len) = decode(12, 10);
+        assert!(matches!(decoded, Err(Error::Length { length: 18, context: 12 })), "{decoded:?}");
+        let (enough, truth, _) = decode(4096, 4);
+        assert!(enough.is_ok());
+        assert_eq!((drawn, len), (truth, 12));
+    }
+}
+
+/// A decoding that was ended has made room for a token that nobody wanted: snapshots at every length around the ends of pages are
+/// independent all the same.
+#[test]
+fn a_decoding_that_was_ended_leaves_independent_snapshots() {
+    for client in clients() {
+        let model = load("long", &client);
+        let tokens: Vec<u32> = (0..62u32).map(|i| (i * i * 7 + i * 31) % 256).collect();
+        let mut cache = model.new_cache();
+        model.prefill(&mut cache, &tokens).unwrap();
+        let mut text = tokens.clone();
+        let mut token = 17;
+        for _ in 0..4 {
+            let mut sampler = Sampler::new(Options::greedy()).unwrap();
+            let mut stream = [Stream { cache: &mut cache, token, sampler: &mut sampler }];
+            model.decode(&mut stream, 100, &mut |_| ControlFlow::Break(())).unwrap();
+            text.push(std::mem::replace(&mut token, stream[0].token));
+            assert_eq!(cache.len(), text.len());
+            let mut forks = [cache.clone(), cache.clone()];
+            for (fork, next) in forks.iter_mut().zip([3, 200]) {
+                model.step(&mut [(fork, next)]).unwrap();
+            }
+            for (fork, next) in forks.iter_mut().zip([3, 200]) {
+                let logits = model.step(&mut [(fork, 5)]).unwrap();
+                let alone = [&text[..], &[next, 5]].concat();
+                let truth = model.prefill(&mut model.new_cache(), &alone).unwrap();
+                let truth: Vec<f64> = truth.into_iter().map(f64::from).collect();
+                let error = largest_error(&logits, &truth);
+                assert!(error <= 2e-3, "{} tokens and {next}: {error:e}", text.len());
             }
         }
     }

@@ -2,9 +2,10 @@
 
 mod config;
 mod devices;
+mod extension;
 mod generate;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod gpu;
+mod kernels;
 mod native;
 mod nn;
 mod numerics;

@@ -58,6 +58,23 @@ fn check_all(device: &Device, options: &LoadOptions, tolerance: f64) {
     }
 }
 
+/// Runs every case with these options and checks that no tensor is further from the truth than in the genuine module's bf16.
+fn check_half(device: &Device, options: &LoadOptions, types: &str) {
+    for name in CASES {
+        let reference = Reference::open(name);
+        let model = load(&fixture(name), options, device);
+        let (found, _) = run(&model, &reference.tokens());
+        let genuine = reference.values("bf16.errors");
+        assert_eq!(genuine.len(), found.len());
+        for ((tensor, values), genuine) in found.iter().zip(genuine) {
+            let error = l2_error(values, &reference.values(tensor));
+            let bound = 1.2 * genuine + 1e-6;
+            let backend = device.backend();
+            assert!(error <= bound, "{name} in {types} on {backend}, {tensor}: {error:e} > {bound:e}");
+        }
+    }
+}
+
 #[test]
 fn f32_agrees_with_the_genuine_module_in_every_layer() {
     for device in devices() {
@@ -81,6 +98,14 @@ fn bf16_weights_with_f32_activations_agree_too() {
     }
 }
 
+/// The runtime of GPUs, with its f16 caches, and bf16 or f16 rows in prefills: well within the same bound.
+#[test]
+fn the_runtime_of_gpus_stays_below_the_error_of_the_genuine_module_in_every_layer() {
+    for device in devices().into_iter().filter(|device| device.backend() != Backend::Cpu) {
+        check_half(&device, &LoadOptions::default(), "the default types");
+    }
+}
+
 /// Half-precision weights and activations have more bits than bf16: well within the bound of the genuine bf16 error.
 #[test]
 fn half_precision_errors_stay_below_those_of_the_genuine_module() {
@@ -94,22 +119,7 @@ fn half_precision_errors_stay_below_those_of_the_genuine_module() {
                     dequantize,
                     ..LoadOptions::default()
                 };
-                for name in CASES {
-                    let reference = Reference::open(name);
-                    let model = load(&fixture(name), &options, &device);
-                    let (found, _) = run(&model, &reference.tokens());
-                    let genuine = reference.values("bf16.errors");
-                    assert_eq!(genuine.len(), found.len());
-                    for ((tensor, values), genuine) in found.iter().zip(genuine) {
-                        let error = l2_error(values, &reference.values(tensor));
-                        let bound = 1.2 * genuine + 1e-6;
-                        let backend = device.backend();
-                        assert!(
-                            error <= bound,
-                            "{name} in {float} on {backend}, {tensor}: {error:e} > {bound:e}"
-                        );
-                    }
-                }
+                check_half(&device, &options, float.name());
             }
         }
     }

@@ -1,14 +1,18 @@
 //! `bench`: how fast a model loads, reads and writes here.
 
 use std::io::Write;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use clap::ValueHint;
 use engine::error::Bytes;
-use engine::gpt_oss::{Model, Request, Residency, Session, generate};
-use engine::{sampling, synthetic};
+use engine::gpt_oss::model::read;
+use engine::gpt_oss::{Cache, Model, Residency, Stream};
+use engine::gpu::{MOST_SEQUENCES, Share};
+use engine::sampling::{self, Sampler};
+use engine::synthetic;
 use formats::command::{Console, Outcome};
 use formats::model_bin::header::ModelHeader;
 use serde::Serialize;
@@ -21,12 +25,18 @@ pub struct Arguments {
     /// Lengths of the prompts in tokens.
     #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "128,512")]
     prompt: Vec<usize>,
+    /// Sequences that are decoded together, each with a prompt of its own.
+    #[arg(long, value_name = "SEQUENCES", value_delimiter = ',', default_value = "1")]
+    batch: Vec<usize>,
     /// Tokens to generate after each prompt.
     #[arg(long, value_name = "TOKENS", default_value_t = 64)]
     generate: usize,
-    /// Measurements of each length, after one that does not count; their median is reported.
+    /// Measurements of each length and batch, after one that does not count; their median is reported.
     #[arg(long, value_name = "N", default_value_t = 3)]
     runs: usize,
+    /// Measure each kind of kernel of a step as well (GPUs).
+    #[arg(long)]
+    profile: bool,
     /// A model.bin, a SafeTensors folder or a GGUF file; without it, random weights in the shapes of gpt-oss-20b.
     #[arg(long, short, value_name = "PATH", value_hint = ValueHint::AnyPath)]
     model: Option<PathBuf>,
@@ -39,22 +49,32 @@ pub struct Arguments {
     device: DeviceOptions,
 }
 
-/// The medians for one length.
+/// The medians for one length and batch.
 #[derive(Debug, Serialize)]
 struct Row {
     prompt: usize,
+    batch: usize,
     generated: usize,
     /// Of each run, in the order in which they ran.
     prefill_tokens_per_second: Vec<f64>,
     decode_tokens_per_second: Vec<f64>,
     median_prefill: f64,
     median_decode: f64,
+    /// What each kind of kernel takes of a step after the prompt.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    profile: Vec<Share>,
 }
 
 /// `gptoss bench`.
 pub fn bench(console: &Console, arguments: &Arguments) -> Result<Outcome> {
     ensure!(arguments.runs > 0, "--runs: found 0, needed 1 at least");
-    ensure!(arguments.generate > 1, "--generate: found {}, needed 2 at least", arguments.generate);
+    for &batch in &arguments.batch {
+        ensure!(
+            (1..=MOST_SEQUENCES).contains(&batch),
+            "--batch: found {batch}, needed 1 to {MOST_SEQUENCES}"
+        );
+    }
+    ensure!(arguments.generate > 2, "--generate: found {}, needed 3 at least", arguments.generate);
     let stored = match &arguments.model {
         Some(path) => arguments.stored.open(path, console)?,
         None => synthetic::stored(ModelHeader { num_blocks: arguments.blocks, ..ModelHeader::GPT_OSS_20B })?,
@@ -75,8 +95,11 @@ pub fn bench(console: &Console, arguments: &Arguments) -> Result<Outcome> {
     let load_seconds = start.elapsed().as_secs_f64();
     let mut rows = Vec::new();
     for &prompt in &arguments.prompt {
-        rows.push(measure(&model, prompt, arguments, console)?);
+        for &batch in &arguments.batch {
+            rows.push(measure(&model, prompt, batch, arguments, console)?);
+        }
     }
+    let copied = device.copy_rate()?;
     let peak = peak_host_memory();
     let mut out = std::io::stdout().lock();
     if console.json {
@@ -88,6 +111,7 @@ pub fn bench(console: &Console, arguments: &Arguments) -> Result<Outcome> {
             "weight_bytes": residency.weights(),
             "peak_host_bytes": peak,
             "runs": arguments.runs,
+            "copied_bytes_per_second": copied,
             "rows": rows,
         });
         console.document(&mut out, &document)?;
@@ -107,52 +131,85 @@ pub fn bench(console: &Console, arguments: &Arguments) -> Result<Outcome> {
     }
     writeln!(
         out,
-        "{:>8} {:>10}  {:>16} {:>16}",
-        "prompt", "generated", "prefill tokens/s", "decode tokens/s"
+        "{:>8} {:>6} {:>10}  {:>16} {:>16}",
+        "prompt", "batch", "generated", "prefill tokens/s", "decode tokens/s"
     )?;
-    for row in &rows {
-        let Row { prompt, generated, median_prefill, median_decode, .. } = row;
-        writeln!(out, "{prompt:>8} {generated:>10}  {median_prefill:>16.1} {median_decode:>16.1}")?;
+    for Row { prompt, batch, generated, median_prefill, median_decode, profile, .. } in &rows {
+        writeln!(
+            out,
+            "{prompt:>8} {batch:>6} {generated:>10}  {median_prefill:>16.1} {median_decode:>16.1}"
+        )?;
+        for share in profile {
+            let Share { stage, seconds, bytes } = share;
+            write!(out, "{:>26}  {:>10.1} µs", format!("{stage:?}"), seconds * 1e6)?;
+            match bytes {
+                0 => writeln!(out)?,
+                _ => writeln!(out, "  {:>8.3} TB/s of weights", *bytes as f64 / seconds / 1e12)?,
+            }
+        }
     }
     writeln!(out, "medians of {}", arguments.runs)?;
+    if let Some(rate) = copied {
+        writeln!(out, "the device copies {:.3} TB/s, read and written", rate / 1e12)?;
+    }
     Ok(Outcome::Fine)
 }
 
-fn measure(model: &Model, prompt: usize, arguments: &Arguments, console: &Console) -> Result<Row> {
-    let vocabulary = model.config().vocabulary as u64;
-    // Tokens like any other, and the same each time: experts are chosen as widely as in a text.
-    let tokens: Vec<u32> = (1..=prompt as u64).map(|n| (n * 0x9e37_79b9 % vocabulary) as u32).collect();
-    let request =
-        Request { sampling: sampling::Options::greedy(), max_tokens: arguments.generate, stop: Vec::new() };
+fn measure(
+    model: &Model,
+    prompt: usize,
+    batch: usize,
+    arguments: &Arguments,
+    console: &Console,
+) -> Result<Row> {
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());
+    let mut profile = Vec::new();
     for run in 0..=arguments.runs {
         if !console.quiet {
-            eprintln!(
-                "prompt of {prompt}: {}",
-                if run == 0 { "warming up".into() } else { format!("run {run}") }
-            );
+            let what = if run == 0 { "warming up".into() } else { format!("run {run}") };
+            eprintln!("{batch} × prompt of {prompt}: {what}");
         }
-        let mut session = Session::new(model);
+        let mut caches: Vec<Cache> = (0..batch).map(|_| model.new_cache()).collect();
+        let mut samplers = vec![Sampler::new(sampling::Options::greedy())?; batch];
         let start = Instant::now();
-        let logits = session.advance(&tokens)?;
+        let mut streams = Vec::with_capacity(batch);
+        for (index, (cache, sampler)) in caches.iter_mut().zip(&mut samplers).enumerate() {
+            let logits = read(model.prefill(cache, &tokens(model, prompt, index))?)?;
+            let token = sampler.sample(&logits)?.token;
+            streams.push(Stream { cache, token, sampler });
+        }
+        let prefilled = start.elapsed();
+        // The first step may have to record its graph.
         let mut times = Vec::with_capacity(arguments.generate);
-        generate(&mut session, logits, &request, &mut |_| {
+        model.decode(&mut streams, arguments.generate - 1, &mut |_| {
             times.push(Instant::now());
-            std::ops::ControlFlow::Continue(())
+            ControlFlow::Continue(())
         })?;
         if let ([first, .., last], 1..) = (times.as_slice(), run) {
-            prefill.push(rate(prompt, (*first - start).as_secs_f64()));
-            decode.push(rate(times.len() - 1, (*last - *first).as_secs_f64()));
+            prefill.push(rate(prompt * batch, prefilled.as_secs_f64()));
+            decode.push(rate((times.len() - 1) * batch, (*last - *first).as_secs_f64()));
+        }
+        if run == arguments.runs && arguments.profile {
+            profile = model.profile(&mut streams)?;
         }
     }
     Ok(Row {
         prompt,
+        batch,
         generated: arguments.generate,
         median_prefill: median(&prefill),
         median_decode: median(&decode),
         prefill_tokens_per_second: prefill,
         decode_tokens_per_second: decode,
+        profile,
     })
+}
+
+/// A prompt: tokens like any other, and the same each time, so that experts are chosen as widely as in a text.
+fn tokens(model: &Model, count: usize, prompt: usize) -> Vec<u32> {
+    let vocabulary = model.config().vocabulary as u64;
+    let first = prompt as u64 * 1_000_003;
+    (1..=count as u64).map(|n| ((first + n) * 0x9e37_79b9 % vocabulary) as u32).collect()
 }
 
 /// The middle value, or the mean of the two in the middle.

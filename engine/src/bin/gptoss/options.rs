@@ -81,8 +81,8 @@ pub struct DeviceOptions {
     /// Who computes.
     #[arg(long, value_parser = backends(), default_value_t = Backend::Cpu)]
     pub backend: Backend,
-    /// Compute with plain tensor operations, the reference, also where there is a faster runtime (cpu); so do
-    /// --activations, --weights and --dequantize.
+    /// Compute with plain tensor operations, the reference, in place of the faster runtime; so do --activations, --weights,
+    /// --dequantize and, on a GPU, --cache of another type than f16.
     #[arg(long)]
     pub plain_tensors: bool,
     /// Decode the experts while loading instead of computing with packed MXFP4: the baseline of comparisons.
@@ -94,7 +94,7 @@ pub struct DeviceOptions {
     /// Type of the matrices that are not MXFP4 [default: that of the activations].
     #[arg(long, value_parser = floats(), value_name = "TYPE")]
     pub weights: Option<Float>,
-    /// Type of cached keys and values [default: f16; f32 with cpu and --plain-tensors].
+    /// Type of cached keys and values [default: f16, which the runtime of GPUs needs; f32 with cpu and --plain-tensors].
     #[arg(long, value_parser = floats(), value_name = "TYPE")]
     pub cache: Option<Float>,
     /// Longest sequence in tokens [default: the model's].

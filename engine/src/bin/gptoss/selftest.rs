@@ -4,7 +4,7 @@ use std::io::Write;
 
 use anyhow::Result;
 use engine::backend::Backend;
-use engine::selftest::{self, Check, Report};
+use engine::selftest::{self, Check, Options, Report};
 use formats::command::{Console, Outcome};
 use serde::Serialize;
 
@@ -16,6 +16,9 @@ pub struct Arguments {
     /// The backend to test [default: every one that this build and this machine have].
     #[arg(long, value_parser = backends())]
     backend: Option<Backend>,
+    /// Also check every kernel by itself, in every variant that the device can run, against float64.
+    #[arg(long)]
+    all: bool,
 }
 
 /// What became of a backend.
@@ -32,13 +35,14 @@ struct Entry {
 
 /// `gptoss selftest`.
 pub fn selftest(console: &Console, arguments: &Arguments) -> Result<Outcome> {
+    let options = Options { kernels: arguments.all };
     let mut entries = Vec::new();
     match arguments.backend {
-        Some(backend) => entries.push(test(backend, &backend.open()?)),
+        Some(backend) => entries.push(test(backend, &backend.open()?, options)),
         None => {
             for backend in Backend::ALL.into_iter().filter(|backend| backend.is_compiled()) {
                 entries.push(match backend.open() {
-                    Ok(device) => test(backend, &device),
+                    Ok(device) => test(backend, &device, options),
                     Err(error) => {
                         Entry { backend, trusted: None, report: None, error: Some(error.to_string()) }
                     }
@@ -64,12 +68,13 @@ pub fn selftest(console: &Console, arguments: &Arguments) -> Result<Outcome> {
         if let Some(Report { device, checks }) = report {
             writeln!(out, "  {device}")?;
             for check in checks {
-                let Check { name, worst_tensor, error, bound } = check;
+                let Check { name, worst_tensor, error, bound, failure } = check;
                 let verdict = if check.passed() { "ok" } else { "WRONG" };
-                writeln!(
-                    out,
-                    "  {verdict:5} {name}: {error:.2e} in {worst_tensor}, needed {bound:.2e} at most"
-                )?;
+                let found = match failure {
+                    Some(failure) => failure.clone(),
+                    None => format!("{error:.2e} in {worst_tensor}, needed {bound:.2e} at most"),
+                };
+                writeln!(out, "  {verdict:5} {name}: {found}")?;
             }
         }
         if let Some(error) = error {
@@ -80,8 +85,8 @@ pub fn selftest(console: &Console, arguments: &Arguments) -> Result<Outcome> {
 }
 
 /// A device that fails outright is not to be trusted either.
-fn test(backend: Backend, device: &engine::backend::Device) -> Entry {
-    match selftest::run(device) {
+fn test(backend: Backend, device: &engine::backend::Device, options: Options) -> Entry {
+    match selftest::run(device, options) {
         Ok(report) => {
             Entry { backend, trusted: Some(report.is_trusted()), report: Some(report), error: None }
         }
