@@ -2,6 +2,7 @@
 //!
 //! Values are of the size that trained ones have, so that activations stay ordinary; what such a model writes means nothing.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use formats::canonical::Source;
@@ -21,7 +22,14 @@ use crate::error::Result;
 /// # Errors
 /// Where the header allows no layout.
 pub fn stored(header: ModelHeader) -> Result<Stored> {
-    let vocabulary = Vocabulary::o200k();
+    with_vocabulary(header, Cow::Borrowed(Vocabulary::o200k()))
+}
+
+/// A model of this header with a vocabulary of one's choice.
+///
+/// # Errors
+/// Where the header allows no layout, or the vocabulary is no valid one.
+pub fn with_vocabulary(header: ModelHeader, vocabulary: Cow<'static, Vocabulary>) -> Result<Stored> {
     let dims = Dims::new(&header, vocabulary.len()).map_err(|unlayable| {
         formats::Error::Unsupported(format!("{}: {}", unlayable.rule, unlayable.found))
     })?;
@@ -32,7 +40,7 @@ pub fn stored(header: ModelHeader) -> Result<Stored> {
 struct Synthetic {
     header: ModelHeader,
     dims: Dims,
-    vocabulary: &'static Vocabulary,
+    vocabulary: Cow<'static, Vocabulary>,
 }
 
 /// Bytes that one stream of random numbers fills.
@@ -48,7 +56,7 @@ impl Source for Synthetic {
     }
 
     fn vocabulary(&self) -> &Vocabulary {
-        self.vocabulary
+        &self.vocabulary
     }
 
     fn check_values(&self, _: &dyn Progress) -> formats::Result<()> {

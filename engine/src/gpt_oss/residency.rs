@@ -115,10 +115,12 @@ impl Residency {
         let layer_experts = if config.num_blocks == 0 { 0 } else { packed / config.num_blocks as u64 };
         let table = config.vocabulary as u64 * config.embedding_dim as u64;
         let staging = matrices.map_or(0, |float| layer_experts.max(table * float.size()));
+        let experts = ("the experts of a block", largest_expert_tensor);
+        let unembedding = ("the unembedding", table * Float::Bf16.size());
         let largest_tensor = match types {
-            Types::Gpu { .. } => ("the unembedding", table * Float::Bf16.size()),
-            // Tables are cut.
-            Types::Native { .. } | Types::Plain(_) => ("the experts of a block", largest_expert_tensor),
+            Types::Gpu { .. } if unembedding.1 > experts.1 => unembedding,
+            // Plain tensors cut tables.
+            Types::Gpu { .. } | Types::Native { .. } | Types::Plain(_) => experts,
         };
         let mut residency = Residency {
             device: format!("{} ({})", device.name(), device.backend()),

@@ -43,6 +43,7 @@ use crate::error::{Error, Result};
 use crate::gpt_oss::config::Config;
 use crate::kernels::method::Method;
 use crate::kernels::mxfp4_dot::Decoding;
+use crate::kernels::prefill_attention::PrefillAttention;
 use crate::kernels::qkv::{FINE, PAGE};
 use crate::kernels::sample::{Parameters, RING, Ways};
 use crate::kernels::{attention, copy, dispatch, down, embedding, gate_up, linear, qkv, router};
@@ -873,13 +874,19 @@ fn fed<'a>(streams: &'a mut [Stream<'_>]) -> Vec<(&'a mut Cache, u32)> {
     streams.iter_mut().map(|stream| (&mut *stream.cache, stream.token)).collect()
 }
 
-/// Whether this runtime computes a model of such sizes on a device.
+/// Whether this runtime computes a model of such sizes on a device. Logits are written two at a time, and attention keeps the queries
+/// that share a key head in shared memory.
 pub fn runs(config: &Config, device: &Device) -> bool {
+    let Some(client) = device.client() else { return false };
     let table = (config.vocabulary * config.embedding_dim * size_of::<f16>()) as u64;
-    device.client().is_some()
-        && device.supports(Float::F16)
+    let Config { num_heads: heads, num_kv_heads: kv_heads, head_dim, .. } = *config;
+    let step = attention::shared_bytes(heads / kv_heads, head_dim, size_of::<f16>());
+    let prefill = PrefillAttention { heads, kv_heads, head_dim, window: 0, table: 1 }.shared_bytes();
+    device.supports(Float::F16)
         && device.max_buffer().is_none_or(|limit| table <= limit)
+        && step.max(prefill) <= client.properties().hardware.max_shared_memory_size
         && config.num_experts <= dispatch::MOST_EXPERTS
+        && config.vocabulary.is_multiple_of(2)
 }
 
 /// Bytes of a model's activations.

@@ -56,6 +56,12 @@ impl Attention {
     }
 }
 
+/// Bytes of shared memory that a cube takes for `group` queries that share a key head, of a cache whose elements have so many.
+pub(crate) fn shared_bytes(group: usize, head_dim: usize, element: usize) -> usize {
+    let scores_and_weights = 2 * group * PAGE;
+    size_of::<f32>() * (group * head_dim + scores_and_weights) + element * PAGE * (2 * head_dim + 2)
+}
+
 /// The buffers of attention.
 pub struct Buffers<'a> {
     /// f32 `[tokens, heads, head_dim]`.

@@ -1,14 +1,18 @@
 //! The runtime of GPUs against traces of the genuine module (fixtures/gpt-oss) and against itself.
 
+use std::borrow::Cow;
 use std::ops::ControlFlow;
 
-use engine::Error;
-use engine::backend::Backend;
-use engine::gpt_oss::Config;
+use engine::backend::{Backend, Device};
+use engine::gpt_oss::model::read;
+use engine::gpt_oss::{Config, LoadOptions};
 use engine::gpu::{Cache, Model, Stream};
 use engine::sampling::{Options, Sampler};
+use engine::{Error, synthetic};
+use formats::model_bin::header::ModelHeader;
 use formats::model_bin::{Stored, StoredOptions};
 
+use crate::devices::devices;
 use crate::trace::{CASES, Reference, fixture, l2_error, largest_error};
 
 /// A GPU, in software where there is none; with CI=true it must be there.
@@ -137,6 +141,51 @@ fn the_graph_chooses_the_largest_logit() {
                 // The first of equals.
                 last = logits.iter().position(|&logit| logit == largest).unwrap() as u32;
                 assert_eq!(token, last, "{name}");
+            }
+        }
+    }
+}
+
+/// Sizes that kernels of ours may not be made for: an odd vocabulary, many queries of a key head, an odd number of experts.
+#[test]
+fn unusual_sizes_are_computed_by_whoever_can() {
+    let even = fixtures::vocabulary::small();
+    let last = fixtures::vocabulary::tokens().pop().unwrap().len() + size_of::<u16>();
+    let mut odd = even.clone();
+    odd.records.truncate(odd.records.len() - last);
+    odd.num_text_tokens -= 1;
+    let header = ModelHeader {
+        context_length: 256,
+        num_blocks: 2,
+        num_experts: 5,
+        embedding_dim: 96,
+        mlp_dim: 32,
+        num_heads: 8,
+        num_kv_heads: 4,
+        ..ModelHeader::GPT_OSS_20B
+    };
+    let many_queries = ModelHeader { num_heads: 96, num_kv_heads: 1, ..header };
+    let tokens: Vec<u32> = (0..70u32).map(|i| (i * i * 7 + i * 31) % 256).collect();
+    let (last, prompt) = tokens.split_last().unwrap();
+    for (header, vocabulary) in [(header, &odd), (header, &even), (many_queries, &even)] {
+        let stored = synthetic::with_vocabulary(header, Cow::Owned(vocabulary.clone())).unwrap();
+        let logits = |device: &Device, options: &LoadOptions| {
+            let model = engine::gpt_oss::Model::load(&stored, options, device, &()).unwrap();
+            let mut cache = model.new_cache();
+            let filled = read(model.prefill(&mut cache, prompt).unwrap()).unwrap();
+            let stepped = read(model.step(&mut [(&mut cache, *last)]).unwrap()).unwrap();
+            [filled, stepped]
+        };
+        let plain = LoadOptions { plain_tensors: true, ..LoadOptions::default() };
+        let truth = logits(&Backend::Cpu.open().unwrap(), &plain);
+        assert_eq!(truth[0].len() as u64, vocabulary.len());
+        for device in devices() {
+            let found = logits(&device, &LoadOptions::default());
+            for (found, truth) in found.iter().zip(&truth) {
+                let truth: Vec<f64> = truth.iter().map(|&logit| logit.into()).collect();
+                let error = largest_error(found, &truth);
+                let sizes = (vocabulary.len(), header.num_heads);
+                assert!(error <= 2e-2, "{sizes:?} on {}: {error:e}", device.backend());
             }
         }
     }
