@@ -70,9 +70,9 @@ pub enum Error {
         /// Tokens of the session.
         tokens: usize,
     },
-    /// A cache, or a snapshot of one, of a model that is computed in another way.
+    /// A cache, or a snapshot of one, of another model.
     #[error(
-        "the cache belongs to a model that is computed in another way: make it with this model's new_cache"
+        "the cache belongs to another model, or one that is computed in another way: make it with this model's new_cache"
     )]
     Cache,
     /// Sampling options outside their range.

@@ -193,7 +193,7 @@ mod cube {
 
 /// `rows` rows (at least one) in steps, of which `part` computes one from its first row and their number.
 fn in_steps<const D: usize>(rows: usize, step: usize, part: impl Fn(usize, usize) -> Tensor<D>) -> Tensor<D> {
-    let step = step.min(MOST_ROWS);
+    let step = step.clamp(1, MOST_ROWS);
     concatenated((0..rows).step_by(step).map(|first| part(first, step.min(rows - first))).collect(), 0)
 }
 

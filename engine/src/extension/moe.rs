@@ -49,7 +49,7 @@ pub struct MoeWeights {
 /// - `swiglu_limit`: positive and finite.
 ///
 /// Result: f32 `[tokens, embedding_dim]`, without the residual. The router is computed in f32 on every device: its choice is a
-/// step function. Sums are f32. Tensor cores take `x` and the hidden units as bf16 (NVIDIA) or f16 (cooperative matrices), and
+/// step function, of logits that have to be numbers. Sums are f32. Tensor cores take `x` and the hidden units as bf16 (NVIDIA) or f16 (cooperative matrices), and
 /// weights exactly as long as scales lie between 2^−33 and 2^3.
 ///
 /// This is `MLPBlock.forward` of OpenAI's `gpt_oss/torch/model.py` 0.0.9 without its norm and residual.
@@ -187,7 +187,8 @@ fn select(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
 }
 
 fn swiglu(gate: f32, up: f32, limit: f32) -> f32 {
-    let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
+    // `min` would make a number of what is none.
+    let (gate, up) = (if gate > limit { limit } else { gate }, up.clamp(-limit, limit));
     gate / (1.0 + (-ALPHA * gate).exp()) * (up + 1.0)
 }
 

@@ -9,6 +9,9 @@ use super::{Arguments, GptOssBackend, Mxfp4Linear, in_steps};
 use crate::error::Result;
 use crate::kernels::mxfp4::Mxfp4Backend;
 
+/// Values of a step, at most: kernels count them in 32 bits.
+const MOST_VALUES: usize = 1 << 31;
+
 /// `x · Wᵀ + bias` with a matrix of MXFP4 values that are decoded as they are multiplied.
 ///
 /// - `x`: f32 `[tokens, columns]`, at least one row;
@@ -32,7 +35,7 @@ pub fn mxfp4_linear(x: Tensor<2>, weight: &Mxfp4Linear, bias: Option<Tensor<1>>)
     let bias = bias.unwrap_or_else(|| Tensor::zeros([rows], (&x.device(), DType::F32)));
     arguments.f32("bias", &bias, [rows])?;
     let (blocks, scales) = weight.tensors();
-    Ok(in_steps(tokens, tokens, |first, count| {
+    Ok(in_steps(tokens, MOST_VALUES / rows.max(columns), |first, count| {
         Tensor::from_dispatch(<Dispatch as GptOssBackend>::mxfp4_linear(
             x.clone().narrow(0, first, count).into_dispatch(),
             blocks.clone().into_dispatch(),

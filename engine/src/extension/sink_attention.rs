@@ -20,7 +20,8 @@ use crate::error::Result;
 ///
 /// Result: f32 `[tokens, heads, head_dim]`. Softmax and sums are f32. On GPUs with NVIDIA's tensor cores keys and values pass
 /// through f16, for heads of 64 the scaled queries as well (so all have to lie within ±65504), and the result through bf16; on
-/// those with other cooperative matrices the result passes through f16. Everything else is f32. GPUs have a kernel for heads
+/// those with other cooperative matrices the result passes through f16. Keys and values have to be finite on GPUs, those that no
+/// query sees, too. Everything else is f32. GPUs have a kernel for heads
 /// in multiples of 8 that fit in shared memory; other widths are computed by [`crate::nn::attention`].
 ///
 /// This is `sdpa` of OpenAI's `gpt_oss/torch/model.py` 0.0.9, for the last of the queries.
@@ -51,6 +52,8 @@ pub fn sink_attention(
     arguments.f32("sinks", &sinks, [heads])?;
     arguments.check(window != Some(0), "window", || ("0".into(), "1 or more".into()))?;
     arguments.check(scale.is_finite(), "scale", || (scale.to_string(), "a finite number".into()))?;
+    // What reaches further than the positions is no window.
+    let window = window.filter(|&window| window < positions);
     Ok(in_steps(tokens, tokens, |first, count| {
         let seen = positions - tokens + first + count;
         Tensor::from_dispatch(<Dispatch as GptOssBackend>::sink_attention(
@@ -139,8 +142,7 @@ mod cube {
             heads,
             kv_heads,
             head_dim,
-            // What reaches further than the positions is no window.
-            window: window.filter(|&window| window < positions).unwrap_or(0),
+            window: window.unwrap_or(0),
             // Kernels are compiled for a length of the table: a power of two, so that there are few.
             table: positions.div_ceil(PAGE).next_power_of_two(),
         };

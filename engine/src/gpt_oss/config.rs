@@ -98,9 +98,9 @@ impl Config {
         }
     }
 
-    /// The window of a block: even blocks have one.
+    /// The window of a block: even blocks have one. At most the context, beyond which it hides nothing.
     pub fn window(&self, block: usize) -> Option<usize> {
-        block.is_multiple_of(2).then_some(self.attention_window)
+        block.is_multiple_of(2).then_some(self.attention_window.min(self.context_length))
     }
 
     /// The fields of the rotary embedding.

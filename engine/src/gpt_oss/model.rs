@@ -190,9 +190,13 @@ impl Model {
             Runtime::Gpu(model) => {
                 let mut found = native::Trace::default();
                 let mut rows = Vec::new();
-                for Sequence { cache, tokens } in batch.iter_mut() {
+                let batch: Vec<_> = batch
+                    .iter_mut()
+                    .map(|Sequence { cache, tokens }| Ok((cache.gpu()?, *tokens)))
+                    .collect::<Result<_>>()?;
+                for (cache, tokens) in batch {
                     let traced = trace.is_some().then_some(&mut found);
-                    rows.extend(model.forward(Cache::gpu(cache)?, tokens, traced)?);
+                    rows.extend(model.forward(cache, tokens, traced)?);
                 }
                 if let Some(trace) = trace {
                     *trace = self.traced(found);
@@ -275,7 +279,8 @@ impl Model {
     /// the logits are, and the host reads nothing else.
     ///
     /// # Errors
-    /// As [`Model::step`], and [`Error::Sampling`] where no token can be drawn.
+    /// As [`Model::step`], and [`Error::Sampling`] where no token can be drawn for one of them. No sampler has accepted one then; except
+    /// on GPUs the caches have the tokens that were fed.
     pub fn decode(
         &self,
         streams: &mut [Stream<'_>],
@@ -327,11 +332,20 @@ impl Model {
     /// Draws a token of each row of logits, f32 `[sequences, vocabulary]`, where that is fastest.
     pub(super) fn draw(&self, samplers: &mut [&mut Sampler], logits: Tensor<2>) -> Result<Vec<Sampled>> {
         if self.device.backend() != Backend::Cpu && matches!(self.runtime, Runtime::Plain(_)) {
-            return Ok(sample_batch(samplers, logits)?.into_iter().collect::<Result<_, _>>()?);
+            let drawn = sample_batch(samplers, logits)?;
+            if drawn.iter().any(Result::is_err) {
+                for (sampler, _) in samplers.iter_mut().zip(&drawn).filter(|(_, drawn)| drawn.is_ok()) {
+                    sampler.truncate(sampler.len() - 1);
+                }
+            }
+            return Ok(drawn.into_iter().collect::<Result<_, _>>()?);
         }
         let logits = read(logits)?;
         let rows = logits.chunks(self.config.vocabulary);
-        samplers.iter_mut().zip(rows).map(|(sampler, row)| Ok(sampler.sample(row)?)).collect()
+        let draw = |(sampler, row): (&&mut Sampler, _)| sampler.sample_at(row, sampler.next_uniform());
+        let drawn: Vec<Sampled> = samplers.iter().zip(rows).map(draw).collect::<Result<_, _>>()?;
+        samplers.iter_mut().zip(&drawn).for_each(|(sampler, sampled)| sampler.accept(sampled.token));
+        Ok(drawn)
     }
 
     /// Tokens that a prefill processes at a time.

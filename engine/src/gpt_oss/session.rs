@@ -91,12 +91,17 @@ impl<'m> Session<'m> {
     /// Adds tokens; the logits that follow the last one, f32 `[vocabulary]`.
     ///
     /// # Errors
-    /// [`Error::Token`] and [`Error::Length`]; nothing has changed then.
+    /// [`Error::Token`] and [`Error::Length`]; nothing has changed then. Where the device fails, the session has the tokens that
+    /// were added before.
     pub fn advance(&mut self, tokens: &[u32]) -> Result<Tensor<1>> {
-        let logits = self.model.prefill(&mut self.cache, tokens)?;
-        self.tokens.extend_from_slice(tokens);
-        self.logits = Some(logits.clone());
-        Ok(logits)
+        let before = self.cache.len();
+        let logits = self.model.prefill(&mut self.cache, tokens);
+        let added = self.cache.len() - before;
+        self.tokens.extend_from_slice(&tokens[..added]);
+        if added > 0 {
+            self.logits = logits.as_ref().ok().cloned();
+        }
+        logits
     }
 
     /// Adds a token, draws the next, shows it to `each`, adds it, and so on ([`Model::decode`]): up to `most` times or until
@@ -112,8 +117,8 @@ impl<'m> Session<'m> {
         each: &mut dyn FnMut(Sampled) -> ControlFlow<()>,
     ) -> Result<()> {
         let mut next = token;
+        let before = self.cache.len();
         let (tokens, cache) = (&mut self.tokens, &mut self.cache);
-        self.logits = None;
         let decoded =
             self.model.decode(&mut [Stream { cache: &mut *cache, token, sampler }], most, &mut |drawn| {
                 drawn.into_iter().try_for_each(|sampled| {
@@ -124,6 +129,9 @@ impl<'m> Session<'m> {
         // A token that was fed and after which none could be drawn.
         if cache.len() > tokens.len() {
             tokens.push(next);
+        }
+        if cache.len() > before {
+            self.logits = None;
         }
         decoded
     }

@@ -26,7 +26,7 @@ mod weights;
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::pin::Pin;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cubecl::bytes::Bytes;
 use cubecl::client::{Client, Graph};
@@ -91,6 +91,8 @@ struct State {
     rows: Rows,
     choice: Choice,
     graphs: HashMap<Step, Graph>,
+    /// Counts the runs that have had all of this.
+    turn: u64,
 }
 
 /// What a graph is recorded for.
@@ -172,12 +174,27 @@ pub struct Share {
     pub stage: Stage,
     /// Seconds of all its kernels in a step, the gaps between them included.
     pub seconds: f64,
-    /// Bytes of weights that they read for one sequence.
-    pub bytes: u64,
+    /// Bytes of weights that they read where there is one sequence.
+    pub bytes_for_one: u64,
 }
 
-/// What has been asked of the device and will come.
-type Reading<'a> = Pin<Box<dyn Future<Output = Result<Vec<Bytes>, ServerError>> + Send + 'a>>;
+/// What has been asked of the device and will come. It is awaited in any case: what nobody waits for leaves its buffer mapped.
+struct Reading<'a>(Option<Coming<'a>>);
+
+type Coming<'a> = Pin<Box<dyn Future<Output = Result<Vec<Bytes>, ServerError>> + Send + 'a>>;
+
+impl Reading<'_> {
+    fn wait(mut self) -> Result<Vec<Bytes>> {
+        self.0.take().map_or(Ok(Vec::new()), |reading| cubecl::future::block_on(reading).map_err(failed))
+    }
+}
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        // Its content is not wanted, and what failed will fail again where it is.
+        self.0.take().map(cubecl::future::block_on);
+    }
+}
 
 /// Splits of attention over everything, at most.
 const MOST_SPLITS: usize = 32;
@@ -209,6 +226,7 @@ impl Model {
                 rows: Rows::empty(&client, config, MOST_SEQUENCES),
                 choice: Choice::new(&client, MOST_SEQUENCES, config.vocabulary),
                 graphs: HashMap::new(),
+                turn: 0,
             }),
             tiled_from: batch::tiled_from(&client),
             config: config.clone(),
@@ -219,7 +237,7 @@ impl Model {
             full: Pool::default(),
             windowed: Pool::default(),
         };
-        model.grow(&mut model.lock(), FIRST_PAGES, FIRST_PAGES);
+        model.grow(&mut model.lock(), FIRST_PAGES, FIRST_PAGES)?;
         model.sync()?;
         Ok(model)
     }
@@ -238,11 +256,19 @@ impl Model {
 
     /// An empty cache for one sequence.
     pub fn new_cache(&self) -> Cache {
-        Cache::new(self.config.attention_window, self.context)
+        Cache::new(self.full.clone(), self.config.attention_window, self.context)
     }
 
     /// Waits until the device is done.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where something failed.
     pub fn sync(&self) -> Result<()> {
+        // While a graph is recorded, nobody may wait.
+        self.wait(&self.lock())
+    }
+
+    fn wait(&self, _: &State) -> Result<()> {
         cubecl::future::block_on(self.client.sync()).map_err(failed)
     }
 
@@ -274,7 +300,7 @@ impl Model {
 
     /// Feeds each sequence its token and draws the next, which `each` gets, up to `most` times or until `each` breaks; then the last
     /// tokens drawn are those of `streams` and not in the caches. A step is begun before the tokens of the last are read, so that
-    /// the device need not wait for the host.
+    /// the device need not wait for the host. While `each` has them, others may use the model.
     ///
     /// # Errors
     /// As [`Model::step`], once the context is full, and [`Error::Sampling`] where no token can be drawn. The caches hold what
@@ -294,6 +320,7 @@ impl Model {
         let ways = streams.iter().map(|stream| Ways::of(stream.sampler.options()));
         let ways = ways.reduce(Ways::or).unwrap_or_default();
         let mut state = self.lock();
+        let mut turn = state.turn;
         let mut underway: Option<Reading<'_>> = None;
         // Steps begun, and those of them since random numbers were written.
         let (mut begun, mut drawn) = (0, 0);
@@ -303,9 +330,13 @@ impl Model {
                 None => {
                     let graph = self.prepare(&mut state, &mut fed(streams), Some(ways))?;
                     self.write_choices(&state, streams);
-                    drawn = 0;
+                    // Who had the state meanwhile must notice.
+                    state.turn += 1;
+                    (turn, drawn) = (state.turn, 0);
                     Some(graph)
                 }
+                // What the next step would read has been another's since then.
+                Some(_) if state.turn != turn => None,
                 Some(_) => self.extend(&mut state, &mut fed(streams), ways)?,
             };
             let next = match graph {
@@ -318,7 +349,7 @@ impl Model {
                     replay(&graph)?;
                     (begun, drawn) = (begun + 1, drawn + 1);
                     let chosen = prefix(&state.buffers.chosen, 2 * streams.len());
-                    Some(Box::pin(self.client.read_async(vec![chosen])) as Reading<'_>)
+                    Some(Reading(Some(Box::pin(self.client.read_async(vec![chosen])))))
                 }
             };
             let last = std::mem::replace(&mut underway, next);
@@ -331,27 +362,25 @@ impl Model {
                     None => return Ok(()),
                 }
             };
-            let chosen = cubecl::future::block_on(last).map_err(failed)?;
-            let drawn = self.drawn(&chosen[0]);
-            if let Some(drawn) = &drawn {
-                for (stream, sampled) in streams.iter_mut().zip(drawn) {
-                    stream.cache.advance(1);
-                    stream.token = sampled.token;
-                    stream.sampler.accept(sampled.token);
-                }
-            }
-            let (goes_on, is_drawn) = match drawn {
-                Some(drawn) => (each(drawn), true),
-                None => (ControlFlow::Break(()), false),
+            let chosen = last.wait()?;
+            let Some(drawn) = chosen.first().and_then(|chosen| self.drawn(chosen)) else {
+                drop(underway);
+                return Err(self.refusal(&mut state, streams));
             };
-            if goes_on.is_break() {
-                // What was begun since then feeds a token too many, which the next one to come overwrites. It is awaited, for
-                // a reading that is dropped leaves its buffer mapped.
-                if let Some(unwanted) = underway {
-                    cubecl::future::block_on(unwanted).map_err(failed)?;
-                }
-                return if is_drawn { Ok(()) } else { Err(self.refusal(&mut state, streams)) };
+            for (stream, sampled) in streams.iter_mut().zip(&drawn) {
+                stream.cache.advance(1);
+                stream.token = sampled.token;
+                stream.sampler.accept(sampled.token);
             }
+            drop(state);
+            if each(drawn).is_break() {
+                // What was begun since then feeds a token too many, which the next one to come overwrites. It is waited for here,
+                // for while another run records a graph nobody may wait.
+                let _state = self.resume();
+                drop(underway);
+                return Ok(());
+            }
+            state = self.resume();
         }
     }
 
@@ -402,7 +431,15 @@ impl Model {
         Ok(bytemuck::cast_slice(&bytes).to_vec())
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+    /// All of the state, for a run of its own.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        let mut state = self.resume();
+        state.turn += 1;
+        state
+    }
+
+    /// The state again, which others may have had meanwhile: [`State::turn`] tells.
+    fn resume(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -469,7 +506,8 @@ impl Model {
                 needed: format!("{MOST_SEQUENCES} at most in a batch"),
             });
         }
-        for (_, token) in batch {
+        for (cache, token) in batch {
+            cache.check_owner(&self.full)?;
             self.config.check_tokens(std::slice::from_ref(token))?;
         }
         let tiled = batch.len() >= self.tiled_from;
@@ -493,7 +531,7 @@ impl Model {
             Some(more) if more > 0 => (pool.capacity() + more as u32).next_power_of_two(),
             _ => pool.capacity(),
         };
-        self.grow(state, grown(&self.full, full), grown(&self.windowed, windowed));
+        self.grow(state, grown(&self.full, full), grown(&self.windowed, windowed))?;
         let exhausted = || Error::Device("the pages that were counted are not there".into());
         let copies = [
             cache.full.reserve(&self.full, len, tokens).ok_or_else(exhausted)?,
@@ -540,29 +578,52 @@ impl Model {
     }
 
     /// Makes the pools larger, which moves them and makes graphs void.
-    fn grow(&self, state: &mut State, full: u32, windowed: u32) {
-        if full <= self.full.capacity() && windowed <= self.windowed.capacity() {
-            return;
-        }
+    ///
+    /// # Errors
+    /// [`Error::Memory`] where a pool exceeds what the device can address, [`Error::Device`] where there is no room. Nothing has
+    /// changed then.
+    fn grow(&self, state: &mut State, full: u32, windowed: u32) -> Result<()> {
         let page = elements_of_page(&self.config);
-        let old: Vec<[Handle; 2]> = std::mem::take(&mut state.caches);
-        for block in 0..self.config.num_blocks {
-            let (pool, capacity) = match self.config.window(block) {
-                Some(_) => (&self.windowed, windowed),
-                None => (&self.full, full),
-            };
-            let before = pool.capacity() as usize * page;
-            let new = [(); 2].map(|()| self.client.empty(capacity as usize * page * size_of::<f16>()));
-            if let Some(old) = old.get(block) {
-                for (old, new) in old.iter().zip(&new) {
-                    copy::launch(&self.client, old, 0, new, 0, before / 2);
+        let pools = [(&self.full, full), (&self.windowed, windowed)];
+        let grows = pools.map(|(pool, capacity)| capacity > pool.capacity());
+        if grows == [false, false] {
+            return Ok(());
+        }
+        // Kernels count elements in 32 bits.
+        let most =
+            self.client.properties().memory.max_page_size.min(u32::MAX as u64 * size_of::<f16>() as u64);
+        for (_, capacity) in pools {
+            let needed = capacity as u64 * (page * size_of::<f16>()) as u64;
+            if needed > most {
+                let what = "the keys of all sequences in a block".into();
+                let advice = "use fewer or shorter sequences";
+                return Err(Error::Memory { what, needed, available: most, advice });
+            }
+        }
+        let is_windowed = |block| usize::from(self.config.window(block).is_some());
+        let mut new = Vec::new();
+        for block in (0..self.config.num_blocks).filter(|&block| grows[is_windowed(block)]) {
+            let bytes = pools[is_windowed(block)].1 as usize * page * size_of::<f16>();
+            new.push((block, [(); 2].map(|()| self.client.empty(bytes))));
+        }
+        // An allocation that fails says so only here.
+        let made = self.client.sync_buffers(new.iter().flat_map(|(_, caches)| caches));
+        cubecl::future::block_on(made).map_err(failed)?;
+        for (block, caches) in new {
+            match state.caches.get_mut(block) {
+                None => state.caches.push(caches),
+                Some(old) => {
+                    let before = pools[is_windowed(block)].0.capacity() as usize * page;
+                    for (old, new) in old.iter().zip(&caches) {
+                        copy::launch(&self.client, old, 0, new, 0, before / 2);
+                    }
+                    *old = caches;
                 }
             }
-            state.caches.push(new);
         }
-        self.full.grow(full);
-        self.windowed.grow(windowed);
+        pools.iter().for_each(|(pool, capacity)| pool.grow(*capacity));
         state.graphs.clear();
+        Ok(())
     }
 
     fn copy(&self, state: &State, copy: &Copy, windowed: bool) {
@@ -610,16 +671,16 @@ impl Model {
             let mut times = Vec::new();
             for _ in 0..5 {
                 self.write_state(&state, batch);
-                self.sync()?;
+                self.wait(&state)?;
                 let start = std::time::Instant::now();
                 for _ in 0..repeats {
                     replay(&graph)?;
                 }
-                self.sync()?;
+                self.wait(&state)?;
                 times.push(start.elapsed().as_secs_f64() / f64::from(repeats));
             }
             times.sort_by(f64::total_cmp);
-            shares.push(Share { stage, seconds: times[2], bytes: self.bytes_of(stage) });
+            shares.push(Share { stage, seconds: times[2], bytes_for_one: self.bytes_of(stage) });
         }
         Ok(shares)
     }
@@ -852,7 +913,8 @@ fn angles(config: &Config, context: usize) -> (Vec<f32>, Vec<f32>) {
     (coarse, rows(&mut (0..FINE), frequencies.concentration))
 }
 
-/// Whatever thread uses the client, its work stands in one queue, as a graph needs, and in nobody else's.
+/// Whatever thread uses the client, its work stands in one queue, as a graph needs, and in nobody else's as long as there are no
+/// more streams than CubeCL keeps (128).
 fn on_its_own_stream(mut client: Client) -> Result<Client> {
     // Streams belong to threads: that of a thread which has ended belongs to no other.
     let stream = std::thread::scope(|scope| scope.spawn(|| client.empty(4).stream).join());
@@ -887,12 +949,16 @@ pub fn runs(config: &Config, device: &Device) -> bool {
         && step.max(prefill) <= client.properties().hardware.max_shared_memory_size
         && config.num_experts <= dispatch::MOST_EXPERTS
         && config.vocabulary.is_multiple_of(2)
+        // Cubes on an axis: rows of the projection and of the unembedding.
+        && config.qkv_rows().max(config.vocabulary / 32) <= 2 * 65_535
 }
 
 /// Bytes of a model's activations.
 pub fn working_bytes(config: &Config, context: usize) -> u64 {
     // Counts, biases and scores of the choice.
     let mut words = 3 * MOST_SEQUENCES * config.vocabulary;
+    // Angles.
+    words += (context / FINE + 1 + FINE) * config.head_dim;
     Buffers::new(config, context, &mut |each| words += MOST_SEQUENCES * each);
     for rows in [MOST_SEQUENCES, context.min(CHUNK)] {
         Rows::new(config, Method::Units, rows, &mut |more| words += more);

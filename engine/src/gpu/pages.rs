@@ -19,6 +19,8 @@ use crate::error::{Error, Result};
 use crate::gpt_oss::config::Config;
 use crate::kernels::qkv::PAGE;
 
+use super::CHUNK;
+
 /// Pages that the pools first have.
 pub(super) const FIRST_PAGES: u32 = 16;
 
@@ -81,6 +83,8 @@ impl Drop for Page {
 /// Keys and values of one sequence. A clone is a snapshot: it costs nothing until one of the two goes on.
 #[derive(Clone, Debug)]
 pub struct Cache {
+    /// The pool of full pages, by which the model is known.
+    pool: Pool,
     pub(super) full: Pages,
     pub(super) windowed: Pages,
     len: usize,
@@ -103,9 +107,17 @@ pub(super) struct Copy {
 }
 
 impl Cache {
-    pub(super) fn new(window: usize, context: usize) -> Cache {
+    pub(super) fn new(pool: Pool, window: usize, context: usize) -> Cache {
         let pages = |window| Pages { first: 0, pages: VecDeque::new(), window };
-        Cache { full: pages(None), windowed: pages(Some(window)), len: 0, context }
+        Cache { pool, full: pages(None), windowed: pages(Some(window)), len: 0, context }
+    }
+
+    /// Refuses a cache whose pages are not those of a pool: it is another model's.
+    ///
+    /// # Errors
+    /// [`Error::Cache`].
+    pub(super) fn check_owner(&self, pool: &Pool) -> Result<()> {
+        if Arc::ptr_eq(&self.pool.free, &pool.free) { Ok(()) } else { Err(Error::Cache) }
     }
 
     /// Tokens in the cache.
@@ -217,11 +229,16 @@ impl CacheLayout {
         }
     }
 
-    /// Bytes of pools for one sequence of `tokens` tokens: pools double.
+    /// Bytes of pools for one sequence of `tokens` tokens: pools double, and while they do, what they were is there too. Layers with
+    /// a window hold a chunk of a prefill beside it.
     pub fn bytes(&self, tokens: usize) -> u64 {
-        let seen = [tokens, tokens.min(self.window + 2 * PAGE)];
-        let pools = self.layers.into_iter().zip(seen);
-        pools.map(|(layers, tokens)| layers * capacity(tokens) * 2 * self.page_bytes).sum()
+        let held = [tokens, tokens.min(self.window + CHUNK + PAGE)];
+        let pages = held.map(|tokens| match capacity(tokens) {
+            all if all > u64::from(FIRST_PAGES) => all + all / 2,
+            all => all,
+        });
+        let pools = self.layers.into_iter().zip(pages);
+        pools.map(|(layers, pages)| layers * pages * 2 * self.page_bytes).sum()
     }
 
     /// Bytes that a snapshot may come to cost: the pages of the windows and the last of each other layer.

@@ -80,7 +80,7 @@ impl Model {
             Ok(())
         })?;
         if let Some(trace) = trace {
-            trace.norm.clone_from(&rows);
+            trace.norm.extend_from_slice(&rows);
         }
         Ok(rows)
     }
@@ -99,6 +99,7 @@ impl Model {
             epsilon: None,
         };
         let mut logits = Vec::with_capacity(rows.len() / embedding_dim * vocabulary);
+        let _alone = self.lock();
         for rows in rows.chunks(ROWS * embedding_dim) {
             let count = rows.len() / embedding_dim;
             let x = self.client.create_from_slice(bytemuck::cast_slice(rows));
@@ -125,6 +126,7 @@ impl Model {
         mut trace: Option<&mut Trace>,
         each: &mut dyn FnMut(&Handle, usize) -> Result<()>,
     ) -> Result<()> {
+        cache.check_owner(&self.full)?;
         cache.next(tokens.len())?;
         self.config.check_tokens(tokens)?;
         let rows = Rows::empty(&self.client, &self.config, tokens.len().min(CHUNK));

@@ -50,7 +50,8 @@ pub struct Buffers<'a> {
 
 /// Computes `tokens` rows of `y`.
 pub fn launch(client: &Client, linear: Mxfp4Linear, tokens: usize, buffers: &Buffers<'_>) {
-    if tokens <= FEW {
+    // There is a cube for each of so many rows, and devices allow 65535 on an axis.
+    if tokens <= FEW && linear.rows <= 65_535 * ROWS * GROUPS as usize {
         few(client, linear, tokens, buffers);
     } else {
         many(client, linear, tokens, buffers);

@@ -465,6 +465,9 @@ impl Model {
         let (mut row, mut spans) = (0, Vec::with_capacity(batch.len()));
         for (index, sequence) in batch.iter().enumerate() {
             self.config.check_tokens(sequence.tokens)?;
+            if *sequence.cache.layout() != *self.cache_layout {
+                return Err(Error::Cache);
+            }
             let positions = sequence.cache.next(sequence.tokens.len())?;
             for start in positions.clone().step_by(ATTENTION_TOKENS) {
                 let positions = start..positions.end.min(start + ATTENTION_TOKENS);

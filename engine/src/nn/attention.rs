@@ -48,6 +48,8 @@ impl Visibility {
         device: &Device,
     ) -> Visibility {
         let (first, last) = (queries.start, queries.end.saturating_sub(1));
+        // What reaches beyond the first position is no window, and may not fit the device's integers.
+        let window = window.filter(|&window| window < queries.end);
         let sees_all = |query: usize| {
             keys.iter().all(|&key| key <= query && window.is_none_or(|window| key + window > query))
         };

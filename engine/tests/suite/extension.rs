@@ -335,6 +335,7 @@ fn attention_sees_the_sink_the_window_and_the_past() {
         case([5, 130, 3, 1, 24], Some(usize::MAX)),
         // Heads that kernels of GPUs do not take: an odd width, and one that exceeds shared memory.
         case([5, 9, 4, 2, 5], Some(4)),
+        case([5, 9, 4, 2, 5], Some(usize::MAX)),
         case([3, 9, 2, 1, 1024], None),
     ] {
         let Attention { tokens, positions, heads, kv_heads, head_dim, window } = attention;

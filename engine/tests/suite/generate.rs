@@ -163,6 +163,72 @@ fn options_that_make_no_sense_are_errors() {
     }
 }
 
+/// A callback that generates with another session, after each token.
+#[test]
+fn the_model_may_be_used_while_a_token_is_shown() {
+    for device in devices() {
+        let model = load(LoadOptions::default(), &device);
+        let whole = run(&model, &request(Options { seed: 3, ..Options::default() }, 20));
+        let other = run(&model, &request(Options::greedy(), 5));
+        let mut session = Session::new(&model);
+        let logits = session.advance(&PROMPT).unwrap();
+        let options = Options { seed: 3, ..Options::default() };
+        let outcome = generate(&mut session, logits, &request(options, 20), &mut |step| {
+            if step.index % 7 == 2 {
+                assert_eq!(run(&model, &request(Options::greedy(), 5)).tokens, other.tokens);
+            }
+            ControlFlow::Continue(())
+        });
+        assert_eq!(outcome.unwrap().tokens, whole.tokens, "{}", device.backend());
+    }
+}
+
+#[test]
+fn threads_share_a_model() {
+    for device in devices() {
+        let model = load(LoadOptions::default(), &device);
+        let text = |seed| run(&model, &request(Options { seed, ..Options::default() }, 20)).tokens;
+        let alone = [1, 2, 3].map(text);
+        let together = std::thread::scope(|scope| {
+            [1, 2, 3].map(|seed| scope.spawn(move || text(seed))).map(|thread| thread.join().unwrap())
+        });
+        assert_eq!(together, alone, "{}", device.backend());
+    }
+}
+
+/// What was drawn for one sequence counts only where all have drawn.
+#[test]
+fn a_sequence_without_tokens_to_draw_changes_no_sampler() {
+    for device in devices() {
+        let model = load(LoadOptions::default(), &device);
+        let nothing = (0..model.config().vocabulary as u32).map(|token| (token, f32::NEG_INFINITY)).collect();
+        let banned = Options { logit_bias: nothing, ..Options::default() };
+        let mut samplers = [Options::greedy(), banned].map(|options| Sampler::new(options).unwrap());
+        let mut caches = [model.new_cache(), model.new_cache()];
+        let mut streams: Vec<_> = (caches.iter_mut().zip(&mut samplers))
+            .map(|(cache, sampler)| Stream { cache, token: 1, sampler })
+            .collect();
+        let decoded = model.decode(&mut streams, 3, &mut |_| panic!("nothing is to be shown"));
+        assert!(matches!(decoded, Err(engine::Error::Sampling(_))), "{decoded:?}");
+        assert!(streams.iter().all(|stream| stream.token == 1));
+        assert_eq!(samplers.map(|sampler| sampler.generated()), [0, 0], "{}", device.backend());
+    }
+}
+
+/// A prompt whose only token was drawn is there with its logits.
+#[test]
+fn drawing_a_single_token_keeps_the_prompt_ready() {
+    for device in devices() {
+        let model = load(LoadOptions::default(), &device);
+        let mut session = Session::new(&model);
+        let logits = session.advance(&PROMPT).unwrap();
+        generate(&mut session, logits, &request(Options::greedy(), 1), &mut |_| ControlFlow::Continue(()))
+            .unwrap();
+        let again = session.advance_to(&PROMPT).unwrap();
+        assert_eq!((again.reused, again.recomputed, again.prefilled), (PROMPT.len(), 0, 0));
+    }
+}
+
 #[test]
 fn sequences_that_are_decoded_together_write_what_each_writes_alone() {
     let prompts = [&PROMPT[..], &[1, 2], &[200, 100, 50, 25, 12, 6, 3]];

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 
 use engine::backend::{Backend, Device};
 use engine::gpt_oss::model::read;
-use engine::gpt_oss::{Config, LoadOptions};
+use engine::gpt_oss::{Config, LoadOptions, Sequence, Trace};
 use engine::gpu::{Cache, Model, Stream};
 use engine::sampling::{Options, Sampler};
 use engine::{Error, synthetic};
@@ -146,7 +146,8 @@ fn the_graph_chooses_the_largest_logit() {
     }
 }
 
-/// Sizes that kernels of ours may not be made for: an odd vocabulary, many queries of a key head, an odd number of experts.
+/// Sizes that kernels of ours may not be made for: an odd vocabulary, many queries of a key head, an odd number of experts, a window
+/// beyond any position.
 #[test]
 fn unusual_sizes_are_computed_by_whoever_can() {
     let even = fixtures::vocabulary::small();
@@ -165,9 +166,12 @@ fn unusual_sizes_are_computed_by_whoever_can() {
         ..ModelHeader::GPT_OSS_20B
     };
     let many_queries = ModelHeader { num_heads: 96, num_kv_heads: 1, ..header };
+    let no_window = ModelHeader { attention_window: u32::MAX, ..header };
     let tokens: Vec<u32> = (0..70u32).map(|i| (i * i * 7 + i * 31) % 256).collect();
     let (last, prompt) = tokens.split_last().unwrap();
-    for (header, vocabulary) in [(header, &odd), (header, &even), (many_queries, &even)] {
+    for (header, vocabulary) in
+        [(header, &odd), (header, &even), (many_queries, &even), (no_window, &even), (no_window, &odd)]
+    {
         let stored = synthetic::with_vocabulary(header, Cow::Owned(vocabulary.clone())).unwrap();
         let logits = |device: &Device, options: &LoadOptions| {
             let model = engine::gpt_oss::Model::load(&stored, options, device, &()).unwrap();
@@ -187,6 +191,47 @@ fn unusual_sizes_are_computed_by_whoever_can() {
                 let sizes = (vocabulary.len(), header.num_heads);
                 assert!(error <= 2e-2, "{sizes:?} on {}: {error:e}", device.backend());
             }
+        }
+    }
+}
+
+#[test]
+fn caches_of_another_model_are_refused() {
+    for client in clients() {
+        let [own, other] = [(); 2].map(|()| load_for("three-blocks", 64, &client));
+        let mut cache = own.new_cache();
+        own.prefill(&mut cache, &[1, 2, 3]).unwrap();
+        assert!(matches!(other.step(&mut [(&mut cache, 4)]), Err(Error::Cache)));
+        assert!(matches!(other.prefill(&mut cache, &[4, 5]), Err(Error::Cache)));
+        assert!(own.step(&mut [(&mut cache, 4)]).is_ok());
+        assert_eq!(cache.len(), 4);
+    }
+    let path = fixture("three-blocks");
+    let stored = Stored::open(&path, &StoredOptions::default(), &()).unwrap();
+    for device in devices().into_iter().filter(|device| device.backend() == Backend::Cpu) {
+        let [own, other] = [64, 128].map(|context| {
+            let options = LoadOptions { context: Some(context), ..LoadOptions::default() };
+            engine::gpt_oss::Model::load(&stored, &options, &device, &()).unwrap()
+        });
+        let mut cache = own.new_cache();
+        assert!(matches!(other.step(&mut [(&mut cache, 4)]), Err(Error::Cache)));
+    }
+}
+
+/// Two sequences in a pass: everything is traced of both.
+#[test]
+fn a_trace_has_the_rows_of_all_sequences() {
+    let stored = Stored::open(&fixture("three-blocks"), &StoredOptions::default(), &()).unwrap();
+    for device in devices() {
+        let model = engine::gpt_oss::Model::load(&stored, &LoadOptions::default(), &device, &()).unwrap();
+        let mut caches = [model.new_cache(), model.new_cache()];
+        let mut batch: Vec<_> = (caches.iter_mut().zip([&[1, 2, 3][..], &[4, 5]]))
+            .map(|(cache, tokens)| Sequence { cache, tokens })
+            .collect();
+        let mut trace = Trace::default();
+        let rows = model.forward(&mut batch, Some(&mut trace)).unwrap();
+        for (name, tensor) in trace.into_named() {
+            assert_eq!(tensor.dims(), rows.dims(), "{name} on {}", device.backend());
         }
     }
 }

@@ -55,7 +55,7 @@ struct Row {
     prompt: usize,
     batch: usize,
     generated: usize,
-    /// Of each run, in the order in which they ran.
+    /// Of each run, in the order in which they ran; prefills until the first token is drawn.
     prefill_tokens_per_second: Vec<f64>,
     decode_tokens_per_second: Vec<f64>,
     median_prefill: f64,
@@ -140,11 +140,14 @@ pub fn bench(console: &Console, arguments: &Arguments) -> Result<Outcome> {
             "{prompt:>8} {batch:>6} {generated:>10}  {median_prefill:>16.1} {median_decode:>16.1}"
         )?;
         for share in profile {
-            let Share { stage, seconds, bytes } = share;
+            let Share { stage, seconds, bytes_for_one } = share;
             write!(out, "{:>26}  {:>10.1} µs", format!("{stage:?}"), seconds * 1e6)?;
-            match bytes {
-                0 => writeln!(out)?,
-                _ => writeln!(out, "  {:>8.3} TB/s of weights", *bytes as f64 / seconds / 1e12)?,
+            match bytes_for_one {
+                // Several sequences read some weights once and others for each of them.
+                1.. if *batch == 1 => {
+                    writeln!(out, "  {:>8.3} TB/s of weights", *bytes_for_one as f64 / seconds / 1e12)?;
+                }
+                _ => writeln!(out)?,
             }
         }
     }
