@@ -26,7 +26,7 @@ mod weights;
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::pin::Pin;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use cubecl::bytes::Bytes;
 use cubecl::client::{Client, Graph};
@@ -91,8 +91,8 @@ struct State {
     rows: Rows,
     choice: Choice,
     graphs: HashMap<Step, Graph>,
-    /// Counts the runs that have had all of this.
-    turn: u64,
+    /// How often [`Model::prepare`] has written what a step reads.
+    prepared: u64,
 }
 
 /// What a graph is recorded for.
@@ -226,7 +226,7 @@ impl Model {
                 rows: Rows::empty(&client, config, MOST_SEQUENCES),
                 choice: Choice::new(&client, MOST_SEQUENCES, config.vocabulary),
                 graphs: HashMap::new(),
-                turn: 0,
+                prepared: 0,
             }),
             tiled_from: batch::tiled_from(&client),
             config: config.clone(),
@@ -320,7 +320,8 @@ impl Model {
         let ways = streams.iter().map(|stream| Ways::of(stream.sampler.options()));
         let ways = ways.reduce(Ways::or).unwrap_or_default();
         let mut state = self.lock();
-        let mut turn = state.turn;
+        // Which preparation the steps go on from.
+        let mut turn = state.prepared;
         let mut underway: Option<Reading<'_>> = None;
         // Steps begun, and those of them since random numbers were written.
         let (mut begun, mut drawn) = (0, 0);
@@ -330,13 +331,11 @@ impl Model {
                 None => {
                     let graph = self.prepare(&mut state, &mut fed(streams), Some(ways))?;
                     self.write_choices(&state, streams);
-                    // Who had the state meanwhile must notice.
-                    state.turn += 1;
-                    (turn, drawn) = (state.turn, 0);
+                    (turn, drawn) = (state.prepared, 0);
                     Some(graph)
                 }
-                // What the next step would read has been another's since then.
-                Some(_) if state.turn != turn => None,
+                // What the next step would read is another's since then.
+                Some(_) if state.prepared != turn => None,
                 Some(_) => self.extend(&mut state, &mut fed(streams), ways)?,
             };
             let next = match graph {
@@ -376,11 +375,11 @@ impl Model {
             if each(drawn).is_break() {
                 // What was begun since then feeds a token too many, which the next one to come overwrites. It is waited for here,
                 // for while another run records a graph nobody may wait.
-                let _state = self.resume();
+                let _state = self.lock();
                 drop(underway);
                 return Ok(());
             }
-            state = self.resume();
+            state = self.lock();
         }
     }
 
@@ -431,15 +430,7 @@ impl Model {
         Ok(bytemuck::cast_slice(&bytes).to_vec())
     }
 
-    /// All of the state, for a run of its own.
-    fn lock(&self) -> MutexGuard<'_, State> {
-        let mut state = self.resume();
-        state.turn += 1;
-        state
-    }
-
-    /// The state again, which others may have had meanwhile: [`State::turn`] tells.
-    fn resume(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -452,6 +443,7 @@ impl Model {
     ) -> Result<Graph> {
         let step = self.step_of(batch, 1, choice)?;
         self.reserve_step(state, batch, 1)?;
+        state.prepared += 1;
         self.write_tables(state, batch);
         self.write_state(state, batch);
         if let Some(graph) = state.graphs.get(&step) {

@@ -5,21 +5,18 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::check::{Comparison, Inputs, read};
-use super::group::{U4, cube_number};
+use super::group::U4;
+use super::rows::{UNITS, cubes, item};
 use crate::error::{Error, Result};
-
-/// Units of a cube.
-const UNITS: usize = 256;
 
 /// Copies `words` 32-bit words from word `from_start` of one buffer to word `to_start` of another, or of the same one where the
 /// two do not overlap.
 pub fn launch(client: &Client, from: &Handle, from_start: usize, to: &Handle, to_start: usize, words: usize) {
-    let cubes = words.div_ceil(UNITS) as u32;
     // SAFETY: both ranges lie in their buffers by the caller's contract; units stop at `words`.
     unsafe {
         copy_kernel::launch_unchecked(
             client,
-            CubeCount::Static(cubes.min(65_535), cubes.div_ceil(65_535), 1),
+            cubes(words),
             CubeDim::new_1d(UNITS as u32),
             BufferArg::from_raw_parts(from.clone(), from_start + words),
             BufferArg::from_raw_parts(to.clone(), to_start + words),
@@ -41,13 +38,12 @@ pub fn rate(client: &Client) -> Result<f64> {
     let bytes: usize = if is_small { 32 << 20 } else { 512 << 20 };
     let [from, to] = [client.empty(bytes), client.empty(bytes)];
     let (quads, repeats) = (bytes / 16, 10);
-    let cubes = quads.div_ceil(UNITS) as u32;
     let copy = || {
         // SAFETY: both buffers have so many quads; units stop at their end.
         unsafe {
             stream_kernel::launch_unchecked(
                 client,
-                CubeCount::Static(cubes.min(65_535), cubes.div_ceil(65_535), 1),
+                cubes(quads),
                 CubeDim::new_1d(UNITS as u32),
                 BufferArg::from_raw_parts(from.clone(), quads),
                 BufferArg::from_raw_parts(to.clone(), quads),
@@ -70,7 +66,7 @@ pub fn rate(client: &Client) -> Result<f64> {
 
 #[cube(launch_unchecked)]
 fn stream_kernel(from: &[U4], to: &mut [U4], quads: usize) {
-    let at = cube_number() * UNITS + UNIT_POS as usize;
+    let at = item();
     if at < quads {
         to[at] = from[at];
     }
@@ -78,7 +74,7 @@ fn stream_kernel(from: &[U4], to: &mut [U4], quads: usize) {
 
 #[cube(launch_unchecked)]
 fn copy_kernel(from: &[u32], to: &mut [u32], from_start: u32, to_start: u32, words: u32) {
-    let at = cube_number() as u32 * comptime!(UNITS as u32) + UNIT_POS;
+    let at = item() as u32;
     if at < words {
         to[(to_start + at) as usize] = from[(from_start + at) as usize];
     }
