@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::{PoisonError, RwLock};
 
 use burn::tensor::{DType, FloatDType};
 
@@ -213,7 +214,7 @@ impl Device {
     /// # Errors
     /// [`Error::Device`] where something failed.
     pub fn sync(&self) -> Result<()> {
-        self.burn.sync().map_err(|error| Error::Device(format!("{error:?}")))
+        waiting(|| self.burn.sync()).map_err(|error| Error::Device(format!("{error:?}")))
     }
 
     /// Bytes per second that a large copy reads and writes, the median of five: what every other kernel is measured by. `None` of
@@ -242,6 +243,38 @@ impl Device {
             cube: Some(cube.clone()),
         }
     }
+}
+
+/// Waits hold it together, a recording holds it alone.
+static RECORDING: RwLock<()> = RwLock::new(());
+
+/// Runs what makes this thread wait for a GPU, such as reading a tensor, while no model of this process records a graph.
+///
+/// CUDA lets no thread wait while another one records (CubeCL records in the driver's global mode): the wait fails, and the recording
+/// with it. What this crate waits for is wrapped already. A program that reads Burn's tensors in one thread while a model of
+/// [`gpu`](crate::gpu) decodes in another wraps its own reads, down to the values, for Burn's data come when they are first looked
+/// at. What cannot be wrapped is the tuning of Burn's operations when they first run: let that be over before. Everything else that
+/// threads do at once needs nothing.
+///
+/// `wait` must not use a model: one that wanted to record would wait for it for ever.
+///
+/// ```
+/// # use burn::tensor::Tensor;
+/// let device = engine::backend::Backend::Cpu.open()?;
+/// let sums = Tensor::<2>::ones([2, 3], device.burn()).sum_dim(1);
+/// let sums = engine::backend::waiting(|| sums.try_into_data().map(|data| data.try_to_vec::<f32>()));
+/// # assert_eq!(sums.unwrap().unwrap(), [3.0, 3.0]);
+/// # Ok::<(), engine::Error>(())
+/// ```
+pub fn waiting<R>(wait: impl FnOnce() -> R) -> R {
+    let _held = RECORDING.read().unwrap_or_else(PoisonError::into_inner);
+    wait()
+}
+
+/// Runs what records a graph while no thread waits for a GPU (see [`waiting`]).
+pub(crate) fn recording<R>(record: impl FnOnce() -> R) -> R {
+    let _held = RECORDING.write().unwrap_or_else(PoisonError::into_inner);
+    record()
 }
 
 /// Opening a device may panic inside a driver's loader; to a caller that is a device that is not there.

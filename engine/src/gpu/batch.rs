@@ -12,7 +12,7 @@ use cubecl::client::Client;
 use half::f16;
 
 use super::rows::Place;
-use super::{Model, Stage, State, Step};
+use super::{Model, Stage, State, Step, Wanted};
 use crate::gpt_oss::config::Config;
 use crate::kernels::attention::{self, Attention};
 use crate::kernels::embedding;
@@ -30,7 +30,7 @@ pub(super) fn tiled_from(client: &Client) -> usize {
 
 impl Model {
     /// The kernels of a step up to the logits, those of the wanted stages.
-    pub(super) fn enqueue_batch(&self, state: &State, step: Step, wanted: &dyn Fn(Stage) -> bool) {
+    pub(super) fn enqueue_batch(&self, state: &State, step: Step, wanted: &Wanted<'_>) {
         let Config { embedding_dim, head_dim, num_heads, num_kv_heads, vocabulary, .. } = self.config;
         let (client, b, rows, weights) = (&self.client, &state.buffers, &state.rows, &self.weights);
         let sequences = step.sequences;

@@ -38,7 +38,7 @@ use half::f16;
 pub use pages::{Cache, CacheLayout};
 pub use prefill::CHUNK;
 
-use crate::backend::{Device, Float};
+use crate::backend::{Device, Float, recording, waiting};
 use crate::error::{Error, Result};
 use crate::gpt_oss::config::Config;
 use crate::kernels::method::Method;
@@ -94,6 +94,9 @@ struct State {
     /// How often [`Model::prepare`] has written what a step reads.
     prepared: u64,
 }
+
+/// Stages of a step that are wanted.
+type Wanted<'a> = dyn Fn(Stage) -> bool + Sync + 'a;
 
 /// What a graph is recorded for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -185,14 +188,15 @@ type Coming<'a> = Pin<Box<dyn Future<Output = Result<Vec<Bytes>, ServerError>> +
 
 impl Reading<'_> {
     fn wait(mut self) -> Result<Vec<Bytes>> {
-        self.0.take().map_or(Ok(Vec::new()), |reading| cubecl::future::block_on(reading).map_err(failed))
+        let Some(reading) = self.0.take() else { return Ok(Vec::new()) };
+        waiting(|| cubecl::future::block_on(reading)).map_err(failed)
     }
 }
 
 impl Drop for Reading<'_> {
     fn drop(&mut self) {
         // Its content is not wanted, and what failed will fail again where it is.
-        self.0.take().map(cubecl::future::block_on);
+        self.0.take().map(|reading| waiting(|| cubecl::future::block_on(reading)));
     }
 }
 
@@ -264,12 +268,7 @@ impl Model {
     /// # Errors
     /// [`Error::Device`] where something failed.
     pub fn sync(&self) -> Result<()> {
-        // While a graph is recorded, nobody may wait.
-        self.wait(&self.lock())
-    }
-
-    fn wait(&self, _: &State) -> Result<()> {
-        cubecl::future::block_on(self.client.sync()).map_err(failed)
+        waiting(|| cubecl::future::block_on(self.client.sync())).map_err(failed)
     }
 
     /// Adds a token to each of some sequences: f32 `[sequences, vocabulary]`, the logits that follow.
@@ -373,10 +372,7 @@ impl Model {
             }
             drop(state);
             if each(drawn).is_break() {
-                // What was begun since then feeds a token too many, which the next one to come overwrites. It is waited for here,
-                // for while another run records a graph nobody may wait.
-                let _state = self.lock();
-                drop(underway);
+                // What was begun since then feeds a token too many, which the next one to come overwrites.
                 return Ok(());
             }
             state = self.lock();
@@ -426,7 +422,7 @@ impl Model {
 
     /// The first words of a buffer.
     fn read<W: bytemuck::Pod>(&self, buffer: &Handle, words: usize) -> Result<Vec<W>> {
-        let bytes = self.client.read_one(prefix(buffer, words)).map_err(failed)?;
+        let bytes = waiting(|| self.client.read_one(prefix(buffer, words))).map_err(failed)?;
         Ok(bytemuck::cast_slice(&bytes).to_vec())
     }
 
@@ -600,7 +596,7 @@ impl Model {
         }
         // An allocation that fails says so only here.
         let made = self.client.sync_buffers(new.iter().flat_map(|(_, caches)| caches));
-        cubecl::future::block_on(made).map_err(failed)?;
+        waiting(|| cubecl::future::block_on(made)).map_err(failed)?;
         for (block, caches) in new {
             match state.caches.get_mut(block) {
                 None => state.caches.push(caches),
@@ -638,12 +634,16 @@ impl Model {
         Ok(graph)
     }
 
-    fn capture(&self, state: &State, step: Step, wanted: &dyn Fn(Stage) -> bool) -> Result<Graph> {
+    fn capture(&self, state: &State, step: Step, wanted: &Wanted<'_>) -> Result<Graph> {
         self.client.graph_prepare().map_err(failed)?;
         self.enqueue(state, step, wanted);
-        self.client.start_capture().map_err(failed)?;
-        self.enqueue(state, step, wanted);
-        self.client.stop_capture().map_err(failed)
+        // Whatever another thread asks of the device meanwhile would be recorded or spoil the recording.
+        let alone = || {
+            self.client.start_capture()?;
+            self.enqueue(state, step, wanted);
+            self.client.stop_capture()
+        };
+        recording(|| self.client.exclusive(alone)).flatten().map_err(failed)
     }
 
     /// Measures each stage of a step by itself: a graph of its kernels in all blocks, replayed.
@@ -663,12 +663,12 @@ impl Model {
             let mut times = Vec::new();
             for _ in 0..5 {
                 self.write_state(&state, batch);
-                self.wait(&state)?;
+                self.sync()?;
                 let start = std::time::Instant::now();
                 for _ in 0..repeats {
                     replay(&graph)?;
                 }
-                self.wait(&state)?;
+                self.sync()?;
                 times.push(start.elapsed().as_secs_f64() / f64::from(repeats));
             }
             times.sort_by(f64::total_cmp);
@@ -694,7 +694,7 @@ impl Model {
     }
 
     /// The kernels of a step, those of the wanted stages.
-    fn enqueue(&self, state: &State, step: Step, wanted: &dyn Fn(Stage) -> bool) {
+    fn enqueue(&self, state: &State, step: Step, wanted: &Wanted<'_>) {
         if step.tiled {
             self.enqueue_batch(state, step, wanted);
         } else {
@@ -710,7 +710,7 @@ impl Model {
     }
 
     /// The kernels of a step of few sequences up to the logits, those of the wanted stages.
-    fn enqueue_few(&self, state: &State, step: Step, wanted: &dyn Fn(Stage) -> bool) {
+    fn enqueue_few(&self, state: &State, step: Step, wanted: &Wanted<'_>) {
         let Config { embedding_dim, head_dim, num_heads, num_kv_heads, vocabulary, .. } = self.config;
         let (client, b, weights) = (&self.client, &state.buffers, &self.weights);
         let sequences = step.sequences;

@@ -11,7 +11,7 @@ use half::f16;
 
 use super::pages::elements_of_page;
 use super::weights::Block;
-use super::{Model, Stage};
+use super::{Model, Stage, Wanted};
 use crate::gpt_oss::config::Config;
 use crate::kernels::dispatch::{self, Dispatch};
 use crate::kernels::expert_logits;
@@ -129,7 +129,7 @@ impl Model {
     }
 
     /// From what attention found to the residual stream after the experts, the kernels of the wanted stages.
-    pub(super) fn finish(&self, b: &Rows, block: &Block, count: usize, wanted: &dyn Fn(Stage) -> bool) {
+    pub(super) fn finish(&self, b: &Rows, block: &Block, count: usize, wanted: &Wanted<'_>) {
         let Config { embedding_dim, head_dim, num_heads, num_experts, .. } = self.config;
         let client = &self.client;
         if wanted(Stage::Out) {

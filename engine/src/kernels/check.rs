@@ -10,6 +10,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use serde::Serialize;
 
 use super::{mxfp4, product};
+use crate::backend::waiting;
 use crate::error::{Error, Result};
 
 mod device;
@@ -91,8 +92,10 @@ fn error_of_row(found: &[f32], truth: &[f64]) -> f64 {
 /// The values of a tensor of f32.
 pub(crate) fn values_of_tensor<const D: usize>(tensor: burn::tensor::Tensor<D>) -> Result<Vec<f32>> {
     let failed = |error: &dyn Debug| Error::Device(format!("{error:?}"));
-    let data = tensor.try_into_data().map_err(|error| failed(&error))?;
-    data.try_into_vec().map_err(|error| failed(&error))
+    waiting(|| {
+        let data = tensor.try_into_data().map_err(|error| failed(&error))?;
+        data.try_into_vec().map_err(|error| failed(&error))
+    })
 }
 
 /// What the check of a kernel says: its file's name, and what it compared unless the device failed.

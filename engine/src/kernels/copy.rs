@@ -7,6 +7,7 @@ use cubecl::server::Handle;
 use super::check::{Comparison, Inputs, read};
 use super::group::U4;
 use super::rows::{UNITS, cubes, item};
+use crate::backend::waiting;
 use crate::error::{Error, Result};
 
 /// Copies `words` 32-bit words from word `from_start` of one buffer to word `to_start` of another, or of the same one where the
@@ -54,10 +55,10 @@ pub fn rate(client: &Client) -> Result<f64> {
     copy();
     let mut rates = Vec::new();
     for _ in 0..5 {
-        cubecl::future::block_on(client.sync()).map_err(failed)?;
+        waiting(|| cubecl::future::block_on(client.sync())).map_err(failed)?;
         let start = std::time::Instant::now();
         (0..repeats).for_each(|_| copy());
-        cubecl::future::block_on(client.sync()).map_err(failed)?;
+        waiting(|| cubecl::future::block_on(client.sync())).map_err(failed)?;
         rates.push((2 * bytes * repeats) as f64 / start.elapsed().as_secs_f64());
     }
     rates.sort_by(f64::total_cmp);

@@ -26,6 +26,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use super::check::Comparison;
+use crate::backend::waiting;
 use crate::error::{Error, Result};
 use crate::gpu::choice::{Choice, OfStep};
 use crate::sampling::{Distribution, LogSumExp, NOTHING, Options, Sampler, uniform};
@@ -984,7 +985,7 @@ fn failed(error: impl std::fmt::Debug) -> Error {
 }
 
 fn read(client: &Client, words: &Handle) -> Result<Vec<u32>> {
-    let bytes = client.read_one(words.clone()).map_err(failed)?;
+    let bytes = waiting(|| client.read_one(words.clone())).map_err(failed)?;
     Ok(bytemuck::cast_slice(&bytes).to_vec())
 }
 

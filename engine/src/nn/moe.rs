@@ -13,7 +13,7 @@ use super::linear::{Linear, as_type, product};
 use super::mxfp4::Mxfp4Linear;
 use super::rows::{concatenated, indices, rows_of_step};
 use super::swiglu::swiglu;
-use crate::backend::Float;
+use crate::backend::{Float, waiting};
 
 /// Pairs of a token and an expert in one step: a kernel has a cube for each, and devices allow 65535 on an axis.
 const MOST_PAIRS: usize = 65_535;
@@ -64,7 +64,7 @@ impl ExpertLinear {
             }
             ExpertLinear::Dequantized(weights) => {
                 let device = x.device();
-                let ids: Vec<i64> = experts.into_data().iter::<i64>().collect();
+                let ids: Vec<i64> = waiting(|| experts.into_data().iter::<i64>().collect());
                 let pairs_per_input = ids.len() / x.dims()[0];
                 let mut pairs_of = BTreeMap::<usize, Vec<usize>>::new();
                 for (pair, &expert) in ids.iter().enumerate() {

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Tensor, TensorData};
 use engine::Error;
-use engine::backend::{Backend, Device, Float};
+use engine::backend::{Backend, Device, Float, waiting};
 use engine::extension::{MoeWeights, Mxfp4Linear, moe, mxfp4_linear, sink_attention};
 use engine::gpt_oss::Config;
 use engine::gpt_oss::model::read;
@@ -555,7 +555,7 @@ fn rows_become_halves_and_pages() {
         let buffer = client.create_from_slice(bytemuck::cast_slice(&rows));
         let method = Method::of(&client);
         let words = to_words(&client, method, rows.len(), &buffer);
-        let back = client.read_one(from_words(&client, method, rows.len(), &words)).unwrap();
+        let back = waiting(|| client.read_one(from_words(&client, method, rows.len(), &words))).unwrap();
         let rounded = rows.iter().map(|&value| match method {
             Method::TensorCores => half::bf16::from_f32(value).to_f32(),
             Method::Fragments => f16::from_f32(value).to_f32(),
@@ -567,7 +567,7 @@ fn rows_become_halves_and_pages() {
         assert_eq!(of_cache.elements(positions), 2 * PAGE * kv_heads * head_dim);
         let cache = client.create_from_slice(&vec![0; of_cache.elements(positions) * size_of::<f16>()]);
         pages::launch::<f16>(&client, of_cache, positions, &buffer, &cache);
-        let cache = client.read_one(cache).unwrap();
+        let cache = waiting(|| client.read_one(cache)).unwrap();
         let cache: &[f16] = bytemuck::cast_slice(&cache);
         for position in 0..2 * PAGE {
             for head in 0..kv_heads {

@@ -2,9 +2,11 @@
 
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::devices::devices;
-use engine::backend::{Device, Float};
+use burn::tensor::Tensor;
+use engine::backend::{Device, Float, waiting};
 use engine::gpt_oss::model::read;
 use engine::gpt_oss::{LoadOptions, Model, Outcome, Request, Session, Stop, Stream, generate};
 use engine::sampling::{Options, Sampler};
@@ -123,7 +125,8 @@ fn a_full_context_ends_the_text() {
 #[test]
 fn log_probabilities_are_those_of_the_model() {
     for device in devices() {
-        let model = load(LoadOptions { cache: Some(Float::F32), ..LoadOptions::default() }, &device);
+        let f32 = Some(Float::F32);
+        let model = load(LoadOptions { activations: f32, cache: f32, ..LoadOptions::default() }, &device);
         let options = Options { temperature: 0.7, top_k: 20, top_logprobs: 3, seed: 5, ..Options::default() };
         let mut session = Session::new(&model);
         let logits = session.advance(&PROMPT).unwrap();
@@ -226,6 +229,38 @@ fn drawing_a_single_token_keeps_the_prompt_ready() {
             .unwrap();
         let again = session.advance_to(&PROMPT).unwrap();
         assert_eq!((again.reused, again.recomputed, again.prefilled), (PROMPT.len(), 0, 0));
+    }
+}
+
+/// Models record graphs while other threads read tensors of their own, load models, and wait for their tokens.
+#[test]
+fn models_of_several_threads_do_not_disturb_each_other() {
+    for device in devices() {
+        let text = |count: usize| {
+            run(&load(LoadOptions::default(), &device), &request(Options::greedy(), count)).tokens
+        };
+        let truth = text(30);
+        let is_done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let mut sums = 0;
+                while !is_done.load(Ordering::Relaxed) {
+                    let sum = Tensor::<1>::ones([1000], device.burn()).sum();
+                    let sum = waiting(|| sum.try_into_data().unwrap().try_to_vec::<f32>()).unwrap();
+                    assert_eq!(sum, [1000.0]);
+                    sums += 1;
+                }
+                sums
+            });
+            let writers =
+                [30, 12, 30].map(|count| scope.spawn(move || (0..3).map(|_| text(count)).collect()));
+            let texts: Vec<Vec<Vec<u32>>> = writers.map(|writer| writer.join().unwrap()).into();
+            is_done.store(true, Ordering::Relaxed);
+            assert!(reader.join().unwrap() > 0);
+            for text in texts.into_iter().flatten() {
+                assert_eq!(text, truth[..text.len()], "{}", device.backend());
+            }
+        });
     }
 }
 

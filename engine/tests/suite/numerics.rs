@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::devices::devices;
 use crate::trace::{CASES, Reference, fixture, l2_error, largest_error};
-use engine::backend::{Backend, Device, Float};
+use engine::backend::{Backend, Device, Float, waiting};
 use engine::gpt_oss::model::read;
 use engine::gpt_oss::{LoadOptions, Model, Sequence, Trace};
 use formats::model_bin::layout::PieceId;
@@ -28,7 +28,7 @@ fn run(model: &Model, tokens: &[u32]) -> (Named, Vec<Vec<i64>>) {
     let named: Named =
         trace.into_named().chain([logits]).map(|(name, tensor)| (name, read(tensor).unwrap())).collect();
     assert_eq!(named.len(), 3 + 2 * model.config().num_blocks);
-    let experts = experts.into_iter().map(|ids| ids.into_data().iter::<i64>().collect());
+    let experts = experts.into_iter().map(|ids| waiting(|| ids.into_data().iter::<i64>().collect()));
     (named, experts.collect())
 }
 

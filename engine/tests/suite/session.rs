@@ -1,13 +1,16 @@
 //! Sequences in pieces, batches, going back and forking give what one pass over the whole sequence gives.
 
+use std::cell::RefCell;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use crate::devices::devices;
+use crate::gpu::Tolerance;
 use engine::Error;
 use engine::backend::{Backend, Device, Float};
 use engine::gpt_oss::model::read;
 use engine::gpt_oss::{LoadOptions, Model, Sequence, Session};
+use engine::kernels::method::Method;
 use formats::model_bin::{Stored, StoredOptions};
 
 fn fixture(name: &str) -> PathBuf {
@@ -41,22 +44,41 @@ struct Way {
     options: LoadOptions,
     /// Tokens that a prefill processes at a time.
     chunk: usize,
-    /// The tolerance of f32 results against each other.
+    /// The tolerance of results against each other.
     tolerance: f32,
+    /// Whether the router may choose another expert than it does in one pass, for what it sees is rounded to bf16 in one of the two.
+    /// Such a choice changes logits by far more than the tolerance, for as long as the token is seen; so half of the results must be
+    /// within it, and all must be alike.
+    chooses: bool,
+    errors: RefCell<Vec<f32>>,
+}
+
+impl Drop for Way {
+    fn drop(&mut self) {
+        let mut errors = self.errors.take();
+        errors.sort_by(f32::total_cmp);
+        if let Some(&median) = errors.get(errors.len() / 2)
+            && !std::thread::panicking()
+        {
+            assert!(median <= self.tolerance, "half of these are above {:e}: {errors:?}", self.tolerance);
+        }
+    }
 }
 
 /// Plain tensors on every device; the processor's own runtime, whose decoding takes inputs of experts as 16-bit numbers; and
 /// that of GPUs, whose caches are f16.
 fn ways() -> Vec<Way> {
-    let plain = |device| Way { device, options: f32_caches(), chunk: 512, tolerance: 2e-5 };
-    let native = Way {
-        device: Backend::Cpu.open().unwrap(),
-        options: LoadOptions { cache: Some(Float::F32), ..LoadOptions::default() },
-        chunk: 256,
-        tolerance: 1e-4,
-    };
+    let plain = |device| Way::new(device, f32_caches(), 512, 2e-5);
+    let f32_cache = LoadOptions { cache: Some(Float::F32), ..LoadOptions::default() };
+    let native = Way::new(Backend::Cpu.open().unwrap(), f32_cache, 256, 1e-4);
     let gpus = devices().into_iter().filter(|device| device.backend() != Backend::Cpu);
-    let gpu = |device| Way { device, options: LoadOptions::default(), chunk: 2048, tolerance: 2e-3 };
+    let gpu = |device: Device| {
+        let client = device.client().unwrap();
+        let tolerance = Tolerance::of_rows(&client).of_largest as f32;
+        let mut way = Way::new(device, LoadOptions::default(), 2048, tolerance);
+        way.chooses = Method::of(&client) == Method::TensorCores;
+        way
+    };
     devices().into_iter().map(plain).chain([native]).chain(gpus.map(gpu)).collect()
 }
 
@@ -65,19 +87,20 @@ impl Way {
         load(name, &self.options, &self.device)
     }
 
+    fn new(device: Device, options: LoadOptions, chunk: usize, tolerance: f32) -> Way {
+        Way { device, options, chunk, tolerance, chooses: false, errors: RefCell::default() }
+    }
+
     #[track_caller]
     fn assert_close(&self, found: &[f32], truth: &[f32], what: &str) {
-        assert_close(found, truth, self.tolerance, what);
+        assert_eq!(found.len(), truth.len());
+        assert!(found.iter().all(|value| value.is_finite()));
+        let largest = truth.iter().fold(0.0f32, |max, value| max.max(value.abs()));
+        let error = found.iter().zip(truth).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest;
+        let tolerance = if self.chooses { 0.5 } else { self.tolerance };
+        assert!(error <= tolerance, "{what}: {error:e} of the largest on {}", self.device.backend());
+        self.errors.borrow_mut().push(error);
     }
-}
-
-#[track_caller]
-fn assert_close(found: &[f32], truth: &[f32], tolerance: f32, what: &str) {
-    assert_eq!(found.len(), truth.len());
-    let largest = truth.iter().fold(0.0f32, |max, value| max.max(value.abs()));
-    let worst = found.iter().zip(truth).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    assert!(worst <= tolerance * largest, "{what}: {worst:e} of {largest}");
-    assert!(found.iter().all(|value| value.is_finite()));
 }
 
 #[test]

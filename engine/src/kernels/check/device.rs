@@ -8,6 +8,7 @@ use cubecl::server::Handle;
 use half::{bf16, f16};
 
 use super::{F32, Random};
+use crate::backend::waiting;
 use crate::error::{Error, Result};
 use crate::kernels::method::Method;
 use crate::kernels::qkv::{FINE, PAGE};
@@ -99,7 +100,8 @@ pub(crate) fn poisoned(client: &Client, words: usize) -> Handle {
 
 /// What a buffer holds.
 pub(crate) fn read<T: Pod>(client: &Client, handle: &Handle) -> Result<Vec<T>> {
-    let bytes = client.read_one(handle.clone()).map_err(|error| Error::Device(format!("{error:?}")))?;
+    let bytes =
+        waiting(|| client.read_one(handle.clone())).map_err(|error| Error::Device(format!("{error:?}")))?;
     Ok(bytemuck::pod_collect_to_vec(&bytes))
 }
 
