@@ -10,6 +10,7 @@ use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData, Tra
 use super::distribution::{LogSumExp, NEVER, NOTHING, check_vocabulary};
 use super::history::History;
 use super::{Options, SampleError, Sampled, Sampler};
+use crate::backend::waiting;
 
 /// What a sampler keeps on a device. It follows from options and history, and is made when it is needed.
 #[derive(Clone, Default)]
@@ -411,9 +412,12 @@ pub(super) fn read(
             transaction = transaction.register(logits.clone());
         }
     }
-    let data = transaction.try_execute().map_err(|error| SampleError::Device(error.to_string()))?;
-    let mut data = data.into_iter();
-    Ok(launched.into_iter().map(|(pending, sampler)| pending.finish(sampler, &mut data)).collect())
+    // Down to the values, which come when they are first looked at.
+    waiting(|| {
+        let data = transaction.try_execute().map_err(|error| SampleError::Device(error.to_string()))?;
+        let mut data = data.into_iter();
+        Ok(launched.into_iter().map(|(pending, sampler)| pending.finish(sampler, &mut data)).collect())
+    })
 }
 
 impl Pending {
