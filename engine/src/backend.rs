@@ -1,10 +1,13 @@
 //! Where tensors live and who computes with them, chosen at run time.
 
-use std::fmt;
+use std::fmt::{self, Debug};
 use std::str::FromStr;
 use std::sync::{PoisonError, RwLock};
 
-use burn::tensor::{DType, FloatDType};
+use burn::tensor::{DType, FloatDType, Tensor};
+use bytemuck::Pod;
+use cubecl::client::Client;
+use cubecl::server::Handle;
 
 use crate::error::{Error, Result};
 
@@ -214,7 +217,7 @@ impl Device {
     /// # Errors
     /// [`Error::Device`] where something failed.
     pub fn sync(&self) -> Result<()> {
-        waiting(|| self.burn.sync()).map_err(|error| Error::Device(format!("{error:?}")))
+        waiting(|| self.burn.sync()).map_err(failed)
     }
 
     /// Bytes per second that a large copy reads and writes, the median of five: what every other kernel is measured by. `None` of
@@ -275,6 +278,28 @@ pub fn waiting<R>(wait: impl FnOnce() -> R) -> R {
 pub(crate) fn recording<R>(record: impl FnOnce() -> R) -> R {
     let _held = RECORDING.write().unwrap_or_else(PoisonError::into_inner);
     record()
+}
+
+/// Waits until everything that was asked of a client is done.
+pub(crate) fn sync(client: &Client) -> Result<()> {
+    waiting(|| cubecl::future::block_on(client.sync())).map_err(failed)
+}
+
+/// What a buffer holds.
+pub(crate) fn read<T: Pod>(client: &Client, buffer: &Handle) -> Result<Vec<T>> {
+    let bytes = waiting(|| client.read_one(buffer.clone())).map_err(failed)?;
+    Ok(bytemuck::pod_collect_to_vec(&bytes))
+}
+
+/// The values of a tensor of f32 in row-major order.
+pub(crate) fn values_of_tensor<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
+    // They come when they are first looked at.
+    waiting(|| tensor.try_into_data().map_err(failed)?.try_into_vec().map_err(failed))
+}
+
+/// An error of a device as ours.
+pub(crate) fn failed(error: impl Debug) -> Error {
+    Error::Device(format!("{error:?}"))
 }
 
 /// Opening a device may panic inside a driver's loader; to a caller that is a device that is not there.

@@ -18,7 +18,7 @@ use super::config::Config;
 use super::load::{LoadOptions, Types};
 use super::plain;
 use super::residency::Residency;
-use crate::backend::{Backend, Device, Float, waiting};
+use crate::backend::{Backend, Device, Float, values_of_tensor};
 use crate::error::{Error, Result};
 use crate::nn::linear::as_type;
 use crate::sampling::{Sampled, Sampler, sample_batch};
@@ -436,10 +436,5 @@ impl Model {
 /// # Errors
 /// [`Error::Device`] where the device failed at some point before.
 pub fn read<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
-    let tensor = as_type(tensor, Float::F32);
-    // The values come when they are first looked at.
-    waiting(|| {
-        let data = tensor.try_into_data().map_err(|error| Error::Device(format!("{error:?}")))?;
-        data.try_into_vec().map_err(|error| Error::Device(format!("{error:?}")))
-    })
+    values_of_tensor(as_type(tensor, Float::F32))
 }

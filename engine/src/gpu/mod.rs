@@ -38,7 +38,7 @@ use half::f16;
 pub use pages::{Cache, CacheLayout};
 pub use prefill::CHUNK;
 
-use crate::backend::{Device, Float, recording, waiting};
+use crate::backend::{self, Device, Float, failed, recording, waiting};
 use crate::error::{Error, Result};
 use crate::gpt_oss::config::Config;
 use crate::kernels::method::Method;
@@ -268,7 +268,7 @@ impl Model {
     /// # Errors
     /// [`Error::Device`] where something failed.
     pub fn sync(&self) -> Result<()> {
-        waiting(|| cubecl::future::block_on(self.client.sync())).map_err(failed)
+        backend::sync(&self.client)
     }
 
     /// Adds a token to each of some sequences: f32 `[sequences, vocabulary]`, the logits that follow.
@@ -422,8 +422,7 @@ impl Model {
 
     /// The first words of a buffer.
     fn read<W: bytemuck::Pod>(&self, buffer: &Handle, words: usize) -> Result<Vec<W>> {
-        let bytes = waiting(|| self.client.read_one(prefix(buffer, words))).map_err(failed)?;
-        Ok(bytemuck::cast_slice(&bytes).to_vec())
+        backend::read(&self.client, &prefix(buffer, words))
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -967,8 +966,4 @@ pub fn draws(options: &Options) -> bool {
 fn prefix(handle: &Handle, words: usize) -> Handle {
     let bytes = words as u64 * 4;
     handle.clone().offset_end(handle.size_in_used() - bytes)
-}
-
-fn failed(error: impl std::fmt::Debug) -> Error {
-    Error::Device(format!("{error:?}"))
 }

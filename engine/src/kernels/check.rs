@@ -4,21 +4,19 @@
 //! awkward shapes in every variant that a device can run, not only in the one that it prefers. Inputs are the same every time.
 //! Outputs are not numbers beforehand, so that what a kernel leaves out is noticed, and what it may not touch too.
 
-use std::fmt::Debug;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use serde::Serialize;
 
 use super::{mxfp4, product};
-use crate::backend::waiting;
+pub(crate) use crate::backend::read;
 use crate::error::{Error, Result};
 
 mod device;
 mod random;
 
 pub(crate) use device::{
-    Angles, Cached, F16, Input, Inputs, Packed, Pool, halves, poisoned, read, read_cache, side_by_side,
-    values_of,
+    Angles, Cached, F16, Input, Inputs, Packed, Pool, halves, poisoned, read_cache, side_by_side, values_of,
 };
 pub(crate) use random::Random;
 
@@ -87,15 +85,6 @@ fn error_of_row(found: &[f32], truth: &[f64]) -> f64 {
         }
     }
     if difference == 0.0 { 0.0 } else { (difference / norm).sqrt() }
-}
-
-/// The values of a tensor of f32.
-pub(crate) fn values_of_tensor<const D: usize>(tensor: burn::tensor::Tensor<D>) -> Result<Vec<f32>> {
-    let failed = |error: &dyn Debug| Error::Device(format!("{error:?}"));
-    waiting(|| {
-        let data = tensor.try_into_data().map_err(|error| failed(&error))?;
-        data.try_into_vec().map_err(|error| failed(&error))
-    })
 }
 
 /// What the check of a kernel says: its file's name, and what it compared unless the device failed.

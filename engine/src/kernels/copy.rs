@@ -7,8 +7,8 @@ use cubecl::server::Handle;
 use super::check::{Comparison, Inputs, read};
 use super::group::U4;
 use super::rows::{UNITS, cubes, item};
-use crate::backend::waiting;
-use crate::error::{Error, Result};
+use crate::backend::sync;
+use crate::error::Result;
 
 /// Copies `words` 32-bit words from word `from_start` of one buffer to word `to_start` of another, or of the same one where the
 /// two do not overlap.
@@ -31,9 +31,8 @@ pub fn launch(client: &Client, from: &Handle, from_start: usize, to: &Handle, to
 /// Bytes per second that a copy of 16 bytes a unit reads and writes, the median of five: the roofline of kernels that read weights.
 ///
 /// # Errors
-/// [`Error::Device`] where the device fails.
+/// [`Error::Device`](crate::Error::Device) where the device fails.
 pub fn rate(client: &Client) -> Result<f64> {
-    let failed = |error| Error::Device(format!("{error:?}"));
     // Far more than caches hold; software devices are slow.
     let is_small = client.properties().memory.max_memory().is_none_or(|bytes| bytes < 8 << 30);
     let bytes: usize = if is_small { 32 << 20 } else { 512 << 20 };
@@ -55,10 +54,10 @@ pub fn rate(client: &Client) -> Result<f64> {
     copy();
     let mut rates = Vec::new();
     for _ in 0..5 {
-        waiting(|| cubecl::future::block_on(client.sync())).map_err(failed)?;
+        sync(client)?;
         let start = std::time::Instant::now();
         (0..repeats).for_each(|_| copy());
-        waiting(|| cubecl::future::block_on(client.sync())).map_err(failed)?;
+        sync(client)?;
         rates.push((2 * bytes * repeats) as f64 / start.elapsed().as_secs_f64());
     }
     rates.sort_by(f64::total_cmp);

@@ -6,7 +6,8 @@ use burn::tensor::{DType, Int, Shape, Tensor, TensorData};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::check::{Comparison, F32, Random, values_of_tensor};
+use super::check::{Comparison, F32, Random};
+use crate::backend::values_of_tensor;
 use crate::error::Result;
 
 /// Values that share a scale.

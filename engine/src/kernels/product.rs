@@ -8,7 +8,8 @@ use burn::backend::{Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::{DType, Tensor, TensorData};
 use burn_flex::FlexTensor;
 
-use super::check::{Comparison, F32, Random, values_of_tensor};
+use super::check::{Comparison, F32, Random};
+use crate::backend::values_of_tensor;
 use crate::error::Result;
 
 /// The operation as an extension of Burn's backends.

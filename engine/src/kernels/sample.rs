@@ -25,9 +25,9 @@ use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use super::check::Comparison;
-use crate::backend::waiting;
-use crate::error::{Error, Result};
+use super::check::{Comparison, read};
+use crate::backend::failed;
+use crate::error::Result;
 use crate::gpu::choice::{Choice, OfStep};
 use crate::sampling::{Distribution, LogSumExp, NOTHING, Options, Sampler, uniform};
 
@@ -863,7 +863,7 @@ struct Case {
 /// Compares draws with those of the processor, one by one, from the same random numbers.
 ///
 /// # Errors
-/// [`Error::Device`] where the device fails.
+/// [`Error::Device`](crate::Error::Device) where the device fails.
 pub fn check(client: &Client) -> Result<Vec<Comparison>> {
     let normal: fn(f64, usize) -> f32 = |normal, _| (3.0 * normal) as f32;
     let tied: fn(f64, usize) -> f32 = |normal, _| (2.0 * normal).round() as f32 / 2.0;
@@ -980,15 +980,6 @@ fn alternatives() -> Vec<Options> {
     changes.iter().enumerate().map(alternative).collect()
 }
 
-fn failed(error: impl std::fmt::Debug) -> Error {
-    Error::Device(format!("{error:?}"))
-}
-
-fn read(client: &Client, words: &Handle) -> Result<Vec<u32>> {
-    let bytes = waiting(|| client.read_one(words.clone())).map_err(failed)?;
-    Ok(bytemuck::cast_slice(&bytes).to_vec())
-}
-
 impl Case {
     fn run(&self, client: &Client, comparisons: &mut Vec<Comparison>) -> Result<()> {
         let &Case { name, vocabulary, steps, ref options, .. } = self;
@@ -1026,11 +1017,15 @@ impl Case {
         let mut truths: Vec<Option<Truth>> = (0..sequences).map(|_| None).collect();
         for step in 1..=steps {
             choice.enqueue(client, ways, sequences, &step_buffers);
-            let drawn = read(client, &chosen)?;
-            wrong +=
-                usize::from(read(client, &tokens)? != drawn.iter().copied().step_by(2).collect::<Vec<_>>());
+            let drawn = read::<u32>(client, &chosen)?;
             wrong += usize::from(
-                !read(client, &positions)?.iter().zip(&first).all(|(now, then)| *now == then + step as u32),
+                read::<u32>(client, &tokens)? != drawn.iter().copied().step_by(2).collect::<Vec<_>>(),
+            );
+            wrong += usize::from(
+                !read::<u32>(client, &positions)?
+                    .iter()
+                    .zip(&first)
+                    .all(|(now, then)| *now == then + step as u32),
             );
             for (sequence, [token, logprob]) in drawn.as_chunks::<2>().0.iter().enumerate() {
                 let (sampler, truth) = (&mut samplers[sequence], &mut truths[sequence]);
@@ -1048,7 +1043,7 @@ impl Case {
             if let Some(counts) = choice.counts(row(sequence))
                 && parameters[sequence].counted
             {
-                let counts = read(client, &counts)?;
+                let counts = read::<u32>(client, &counts)?;
                 let generated: u32 = counts.iter().map(|count| count & !PROMPT).sum();
                 let right = |(token, generated, in_prompt): (u32, u32, bool)| {
                     counts[token as usize] == generated | if in_prompt { PROMPT } else { 0 }
@@ -1156,7 +1151,7 @@ fn unsound(client: &Client) -> Result<Comparison> {
         let step_buffers =
             OfStep { logits: &logits, tokens: &tokens, positions: &positions, chosen: &chosen };
         choice.enqueue(client, Ways::of(&options), 3, &step_buffers);
-        let (tokens, chosen) = (read(client, &tokens)?, read(client, &chosen)?);
+        let (tokens, chosen) = (read::<u32>(client, &tokens)?, read::<u32>(client, &chosen)?);
         wrong += tokens.iter().filter(|&&token| token as usize >= vocabulary).count();
         wrong +=
             chosen[..4].iter().skip(1).step_by(2).filter(|&&bits| f32::from_bits(bits).is_finite()).count();

@@ -8,8 +8,8 @@ use cubecl::server::Handle;
 use half::{bf16, f16};
 
 use super::{F32, Random};
-use crate::backend::waiting;
-use crate::error::{Error, Result};
+use crate::backend::read;
+use crate::error::Result;
 use crate::kernels::method::Method;
 use crate::kernels::qkv::{FINE, PAGE};
 
@@ -96,13 +96,6 @@ impl Inputs<'_> {
 /// A buffer of words that are not numbers, nor pairs of halves that are.
 pub(crate) fn poisoned(client: &Client, words: usize) -> Handle {
     client.create_from_slice(&vec![0xff; words * 4])
-}
-
-/// What a buffer holds.
-pub(crate) fn read<T: Pod>(client: &Client, handle: &Handle) -> Result<Vec<T>> {
-    let bytes =
-        waiting(|| client.read_one(handle.clone())).map_err(|error| Error::Device(format!("{error:?}")))?;
-    Ok(bytemuck::pod_collect_to_vec(&bytes))
 }
 
 /// The values of a cache.
