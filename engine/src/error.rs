@@ -1,8 +1,10 @@
 //! What can go wrong, always with what to do about it.
 
 use std::fmt;
+use std::path::PathBuf;
 
 use crate::backend::Backend;
+use crate::weights::Mismatch;
 
 /// An error of this crate.
 #[derive(Debug, thiserror::Error)]
@@ -96,6 +98,34 @@ pub enum Error {
         /// What it has to be.
         needed: String,
     },
+    /// A component of a checkpoint without one of its files, or with a configuration that is none.
+    #[error("{path}: {reason}", path = path.display())]
+    Component {
+        /// The folder or the file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Names or shapes that are not those of the model; all that were found are listed.
+    #[error("{path}: {list}", path = path.display(), list = Listed(mismatches))]
+    Mismatches {
+        /// The SafeTensors file.
+        path: PathBuf,
+        /// What is wrong, by name.
+        mismatches: Vec<Mismatch>,
+    },
+    /// A tensor of a file that cannot be used.
+    #[error("{path}: {tensor}: found {found}, needed {needed}", path = path.display())]
+    Weights {
+        /// The SafeTensors file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What it is.
+        found: String,
+        /// What it has to be.
+        needed: String,
+    },
     /// The device failed.
     #[error("the device failed: {0}")]
     Device(String),
@@ -103,6 +133,22 @@ pub enum Error {
 
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Problems on one line, the first of many.
+struct Listed<'a>(&'a [Mismatch]);
+
+impl fmt::Display for Listed<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const SHOWN: usize = 8;
+        for (index, mismatch) in self.0.iter().take(SHOWN).enumerate() {
+            write!(f, "{}{mismatch}", if index > 0 { "; " } else { "" })?;
+        }
+        match self.0.len().saturating_sub(SHOWN) {
+            0 => Ok(()),
+            more => write!(f, "; and {more} more"),
+        }
+    }
+}
 
 /// A number of bytes for people.
 pub struct Bytes(pub u64);

@@ -32,8 +32,11 @@
 //! what cannot fit, [`gpt_oss::Model`] then loads exactly that. [`gpt_oss::Session`] is one sequence of tokens, and
 //! [`harmony::Chat`] is what it says.
 
+pub mod ace_step;
+pub mod audio;
 pub mod backend;
 pub mod demo;
+pub mod diffusion;
 pub mod error;
 pub mod extension;
 pub mod gpt_oss;
@@ -42,9 +45,11 @@ pub mod harmony;
 pub mod kernels;
 pub mod native;
 pub mod nn;
+pub mod reference;
 pub mod sampling;
 pub mod selftest;
 pub mod synthetic;
 mod user_cache;
+pub mod weights;
 
 pub use error::{Error, Result};

@@ -6,8 +6,10 @@
 pub mod attention;
 pub mod bias;
 pub mod cache;
+pub mod conv;
 pub mod embedding;
 pub mod frequencies;
+pub mod hooks;
 pub mod linear;
 pub mod moe;
 pub mod mxfp4;

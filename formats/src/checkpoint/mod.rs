@@ -9,11 +9,13 @@ mod folder;
 mod names;
 mod quantized;
 mod shard;
+mod tensor_file;
 mod values;
 
 use std::fmt;
 
 pub use folder::Folder;
+pub use tensor_file::{TensorFile, TensorInfo};
 
 use crate::vocabulary::Vocabulary;
 

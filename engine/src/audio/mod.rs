@@ -1,0 +1,5 @@
+//! Sound: files, sample rates, spectrograms.
+
+pub mod mel;
+pub mod resample;
+pub mod wav;

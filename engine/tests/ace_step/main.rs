@@ -1,0 +1,9 @@
+//! ACE-Step beside the original's fixtures, and what must hold without them.
+
+mod audio;
+#[path = "../suite/devices.rs"]
+mod devices;
+mod diffusion;
+mod fixture;
+mod text;
+mod transformer;
