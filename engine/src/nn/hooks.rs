@@ -45,14 +45,14 @@ pub struct Hooks<'a> {
     prefix: String,
 }
 
-impl Hooks<'_> {
+impl<'a> Hooks<'a> {
     /// Nobody looks.
     pub const fn none() -> Hooks<'static> {
         Hooks { recording: None, prefix: String::new() }
     }
 
     /// Hooks of a submodule.
-    pub fn at(&self, name: impl Display) -> Hooks<'_> {
+    pub fn at(&self, name: impl Display) -> Hooks<'a> {
         let prefix = self.recording.map(|_| format!("{}{name}.", self.prefix));
         Hooks { recording: self.recording, prefix: prefix.unwrap_or_default() }
     }

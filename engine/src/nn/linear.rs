@@ -17,13 +17,18 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// f32 `[tokens, inputs]` → f32 `[tokens, outputs]`.
-    pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        let y = product(x, self.weight.clone(), self.compute);
-        match &self.bias {
+    /// f32 `[…, inputs]` → f32 `[…, outputs]`.
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let [outputs, inputs] = self.weight.dims();
+        let mut shape = x.dims();
+        let rows = shape[..D - 1].iter().product::<usize>();
+        shape[D - 1] = outputs;
+        let y = product(x.reshape([rows, inputs]), self.weight.clone(), self.compute);
+        let y = match &self.bias {
             Some(bias) => y + bias.clone().unsqueeze(),
             None => y,
-        }
+        };
+        y.reshape(shape)
     }
 }
 

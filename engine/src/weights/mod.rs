@@ -24,6 +24,7 @@ use burn::tensor::{Tensor, TensorData};
 use formats::checkpoint::TensorFile;
 use formats::progress::Progress;
 
+pub(crate) use component::read_json;
 pub use component::{Component, Mismatch};
 
 use crate::backend::{Backend, Device, Float};
@@ -127,9 +128,9 @@ pub fn expected<M>(build: impl FnOnce(&Weights<'_>) -> Result<M>) -> Result<Expe
     Ok(names.take())
 }
 
-impl Weights<'_> {
+impl<'a> Weights<'a> {
     /// The tensors below `name`: `at("blocks").at(0)` asks for `blocks.0.…`.
-    pub fn at(&self, name: impl Display) -> Weights<'_> {
+    pub fn at(&self, name: impl Display) -> Weights<'a> {
         Weights { prefix: format!("{}{name}.", self.prefix), ..*self }
     }
 
@@ -148,7 +149,7 @@ impl Weights<'_> {
     /// # Errors
     /// [`Error::Weights`] where the file's tensor cannot be had or holds what is no number.
     pub fn tensor<const D: usize>(&self, name: &str, shape: [usize; D]) -> Result<Tensor<D>> {
-        self.upload(name, shape, Float::F32)
+        self.upload(name, &shape, shape, Float::F32)
     }
 
     /// A matrix or the kernel of a convolution, in the type of weights.
@@ -156,7 +157,43 @@ impl Weights<'_> {
     /// # Errors
     /// As [`Weights::tensor`]'s.
     pub fn kernel<const D: usize>(&self, name: &str, shape: [usize; D]) -> Result<Tensor<D>> {
-        self.upload(name, shape, self.types.weights)
+        self.upload(name, &shape, shape, self.types.weights)
+    }
+
+    /// A kernel of a convolution over single positions, `[outputs, inputs, 1, …]` in the file, as the matrix that it is.
+    ///
+    /// # Errors
+    /// As [`Weights::tensor`]'s.
+    pub fn pointwise<const D: usize>(
+        &self,
+        name: impl Display,
+        stored: [usize; D],
+        bias: bool,
+    ) -> Result<Linear> {
+        let (outputs, inputs) = (stored[0], stored[1..].iter().product());
+        let weight =
+            self.upload(&format!("{name}.weight"), &stored, [outputs, inputs], self.types.weights)?;
+        let bias = bias.then(|| self.tensor(&format!("{name}.bias"), [outputs])).transpose()?;
+        Ok(Linear { weight, bias, compute: self.types.compute })
+    }
+
+    /// Linear layers of the same input, `[outputs, inputs]` each with a bias, as one layer whose outputs are theirs one
+    /// after the other.
+    ///
+    /// # Errors
+    /// As [`Weights::tensor`]'s.
+    pub fn stacked(&self, names: &[&str], [outputs, inputs]: [usize; 2]) -> Result<Linear> {
+        let layers = names.iter().map(|name| self.linear(name, [outputs, inputs], true));
+        let layers = layers.collect::<Result<Vec<_>>>()?;
+        if matches!(self.source, Source::Names(_)) {
+            let all = outputs * names.len();
+            let (weight, bias) = (self.placeholder([all, inputs]), self.placeholder([all]));
+            return Ok(Linear { weight, bias: Some(bias), compute: self.types.compute });
+        }
+        let biases = layers.iter().filter_map(|layer| layer.bias.clone()).collect();
+        let weights = layers.into_iter().map(|layer| layer.weight).collect();
+        let (weight, bias) = (Tensor::cat(weights, 0), Tensor::cat(biases, 0));
+        Ok(Linear { weight, bias: Some(bias), compute: self.types.compute })
     }
 
     /// `name.weight` `[outputs, inputs]` and, where there is one, `name.bias` `[outputs]`.
@@ -214,17 +251,27 @@ impl Weights<'_> {
         }
     }
 
-    fn upload<const D: usize>(&self, name: &str, shape: [usize; D], float: Float) -> Result<Tensor<D>> {
+    /// A tensor that the file has in the shape `stored`, in another shape of as many elements.
+    fn upload<const D: usize>(
+        &self,
+        name: &str,
+        stored: &[usize],
+        shape: [usize; D],
+        float: Float,
+    ) -> Result<Tensor<D>> {
         if let Source::File { file, progress } = self.source {
             let name = format!("{}{name}", self.prefix);
-            // As it is stored, without a detour, which matters where there are gigabytes of it.
-            if let Some(data) = values::as_stored(file, &name, &shape, float)? {
+            // Without a detour over f32, which matters where there are gigabytes of it.
+            if let Some(bytes) = values::as_stored(file, &name, stored, float)? {
                 progress.advance(values::stored_bytes(file, &name));
+                let data = TensorData::from_bytes_vec(bytes, shape.to_vec(), float.into());
                 return Ok(Tensor::from_data(data, (self.device.burn(), float.into())));
             }
         }
-        let values = self.values(name, &shape)?;
-        Ok(values.map_or_else(|| self.placeholder(shape), |values| self.to_device(values, shape, float)))
+        Ok(match self.values(name, stored)? {
+            Some(values) => self.to_device(values, shape, float),
+            None => self.placeholder(shape),
+        })
     }
 
     /// f32 values in row-major order; `None` where only names are wanted.

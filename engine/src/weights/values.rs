@@ -1,6 +1,5 @@
 //! The values of stored tensors.
 
-use burn::tensor::{DType, TensorData};
 use formats::checkpoint::{TensorFile, TensorInfo};
 use half::{bf16, f16};
 use safetensors::Dtype;
@@ -34,7 +33,7 @@ pub(super) fn as_stored(
     name: &str,
     shape: &[usize],
     float: Float,
-) -> Result<Option<TensorData>> {
+) -> Result<Option<Vec<u8>>> {
     let (stored, info) = find(file, name, shape)?;
     if (info.dtype, float) != (Dtype::BF16, Float::Bf16) {
         return Ok(None);
@@ -44,7 +43,7 @@ pub(super) fn as_stored(
     if let Some(index) = bytes.as_chunks::<2>().0.iter().position(|pair| !is_finite(pair)) {
         return Err(wrong(file, stored, format!("no number at element {index}"), "finite numbers".into()));
     }
-    Ok(Some(TensorData::from_bytes_vec(bytes, shape.to_vec(), DType::BF16)))
+    Ok(Some(bytes))
 }
 
 /// The bytes that a tensor takes in the file.
