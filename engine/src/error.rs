@@ -136,6 +136,14 @@ pub enum Error {
         /// How to write them instead.
         needed: &'static str,
     },
+    /// The caller ended a run.
+    #[error("ended after {done} of {total} steps")]
+    Cancelled {
+        /// Steps that were done.
+        done: usize,
+        /// Steps of the run.
+        total: usize,
+    },
     /// The device failed.
     #[error("the device failed: {0}")]
     Device(String),

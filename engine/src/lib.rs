@@ -35,6 +35,8 @@
 pub mod ace_step;
 pub mod audio;
 pub mod backend;
+#[cfg(feature = "command")]
+pub mod command;
 pub mod demo;
 pub mod diffusion;
 pub mod error;

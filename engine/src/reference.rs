@@ -78,6 +78,12 @@ impl Comparison {
         comparison
     }
 
+    /// The same comparison where another absolute error is allowed, of values no larger than 1.
+    pub fn within(self, tolerance: Tolerance) -> Comparison {
+        let share = self.error / tolerance.absolute;
+        Comparison { tolerance, share, ..self }
+    }
+
     /// Whether two things are the same, as an error of 0 or 1.
     pub fn same<T: PartialEq>(tensor: &str, found: &T, truth: &T) -> Comparison {
         let error = if found == truth { 0.0 } else { 1.0 };
@@ -217,7 +223,8 @@ impl Reference {
         shape.try_into().map_err(|_| self.wrong(name, &format!("shape {shape:?}"), &format!("{D} axes")))
     }
 
-    fn wrong(&self, tensor: &str, found: &str, needed: &str) -> Error {
+    /// An error of a tensor of this file.
+    pub(crate) fn wrong(&self, tensor: &str, found: &str, needed: &str) -> Error {
         Error::Weights {
             path: self.file.path().into(),
             tensor: tensor.into(),

@@ -1,4 +1,5 @@
-//! What turns noise into data step by step: schedulers and guidance.
+//! What turns noise into data step by step: schedulers, guidance, and the noise itself.
 
 pub mod guidance;
+pub mod noise;
 pub mod scheduler;

@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use serde::Serialize;
 
-use super::{mxfp4, product};
+use super::{depthwise_glu, mxfp4, product};
 pub(crate) use crate::backend::read;
 use crate::error::{Error, Result};
 
@@ -94,7 +94,8 @@ pub type Checked = (&'static str, Result<Vec<Comparison>>);
 type Check<T> = (&'static str, fn(&T) -> Result<Vec<Comparison>>);
 
 /// The kernels on Burn's tensors.
-const OF_TENSORS: [Check<burn::tensor::Device>; 2] = [("mxfp4", mxfp4::check), ("product", product::check)];
+const OF_TENSORS: [Check<burn::tensor::Device>; 3] =
+    [("mxfp4", mxfp4::check), ("product", product::check), ("depthwise_glu", depthwise_glu::check)];
 
 /// The kernels on buffers, as they follow each other in a model.
 const OF_BUFFERS: [Check<cubecl::client::Client>; 19] = {

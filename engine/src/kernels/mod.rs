@@ -3,6 +3,7 @@
 //! | file | for | operation |
 //! |---|---|---|
 //! | [`mxfp4`], [`product`] | Burn's tensors, every backend | MXFP4 experts, f32 products |
+//! | [`depthwise_glu`] | the same | the middle of ACE-Step's feed-forward layers |
 //! | [`embedding`], [`qkv`], [`attention`], [`linear`], [`router`], [`gate_up`], [`down`], [`sample`] | a token of each sequence | a step of decoding, in this order |
 //! | [`normalise`], [`matmul`], [`rotate`], [`prefill_attention`], [`expert_logits`], [`dispatch`], [`grouped`] | many tokens of a sequence | a chunk of a prefill, in this order; a step for several sequences has [`attention`] and [`router`] instead |
 //! | [`mxfp4_linear`], [`pages`], [`rows`] | Burn's tensors, with the kernels above | what [`crate::extension`] needs besides |
@@ -17,10 +18,12 @@ pub mod attention;
 pub mod check;
 pub mod copy;
 mod dense;
+pub mod depthwise_glu;
 pub mod dispatch;
 pub mod down;
 pub mod embedding;
 pub mod expert_logits;
+mod exponential;
 mod few;
 pub mod gate_up;
 pub mod group;

@@ -4,13 +4,11 @@ use std::ops::Range;
 
 use burn::tensor::{Device, Tensor};
 
-use super::bias::{BiasProvider, BiasRequest};
+use super::bias::{BiasProvider, BiasRequest, HIDDEN};
+use super::linear::as_type;
 use super::rows::{concatenated, indices, rows_of_step};
+use crate::backend::Float;
 use crate::kernels::product::product;
-
-/// Added to the score of a key that a query may not see: far below any score, and finite so that no device has to
-/// handle infinities.
-const HIDDEN: f32 = -1e30;
 
 /// Scaled dot-product attention.
 #[derive(Clone)]
@@ -123,8 +121,10 @@ impl<'a> Attention<'a> {
         let mut scores = product(q, k).mul_scalar(self.scale).reshape([heads, tokens, keys]);
         if let Some(bias) = self.bias {
             let queries = seen.queries.start + rows.start..seen.queries.start + rows.end;
-            let request = BiasRequest { layer: self.layer, queries, keys: &seen.keys, heads };
-            scores = scores + bias.bias(&request, &v.device());
+            let request = BiasRequest { layer: self.layer, batch: 1, heads, queries, keys: &seen.keys };
+            if let Some(bias) = bias.bias(&request, &v.device()) {
+                scores = scores + bias.squeeze_dim(0);
+            }
         }
         if let Some(mask) = seen.mask(rows) {
             scores = scores + mask;
@@ -135,6 +135,61 @@ impl<'a> Attention<'a> {
             .permute([2, 0, 1, 3])
             .reshape([tokens, heads, head_dim])
     }
+}
+
+/// Softmax attention of every query over every key, in both directions: f32 queries `[batch, heads, queries, head_dim]`
+/// over keys and values `[batch, heads, keys, head_dim]` → f32 `[batch, heads, queries, head_dim]`.
+///
+/// Products have factors of the type of keys and values; scores and softmax are f32. A bias is asked for as the layer that
+/// it comes with.
+pub fn attend(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    scale: f32,
+    bias: Option<(&dyn BiasProvider, usize)>,
+) -> Tensor<4> {
+    let keys: Vec<usize> = (0..k.dims()[2]).collect();
+    attend_from(0, q, k, &keys, v, scale, bias)
+}
+
+/// [`attend`] for a part of the queries, the first of them at the position `start`, over keys at some positions.
+pub fn attend_from(
+    start: usize,
+    q: Tensor<4>,
+    k: Tensor<4>,
+    keys: &[usize],
+    v: Tensor<4>,
+    scale: f32,
+    bias: Option<(&dyn BiasProvider, usize)>,
+) -> Tensor<4> {
+    let [batch, heads, queries, _] = q.dims();
+    let factors = k.dtype();
+    let cast = |x: Tensor<4>| if x.dtype() == factors { x } else { x.cast(factors) };
+    let k = k.swap_dims(2, 3);
+    let step = rows_of_step(batch * heads * keys.len());
+    let parts = (0..queries).step_by(step).map(|first| {
+        let rows = first..queries.min(first + step);
+        let q = q.clone().narrow(2, first, rows.len());
+        let mut scores = as_type(product(cast(q), k.clone()), Float::F32).mul_scalar(scale);
+        let bias = bias.and_then(|(provider, layer)| {
+            let queries = start + rows.start..start + rows.end;
+            provider.bias(&BiasRequest { layer, batch, heads, queries, keys }, &v.device())
+        });
+        let is_biased = bias.is_some();
+        if let Some(bias) = bias {
+            scores = (scores + bias).clamp_min(HIDDEN);
+        }
+        let largest = scores.clone().max_dim(3);
+        let weights = (scores - largest.clone()).exp();
+        let mut inverse = weights.clone().sum_dim(3).recip();
+        if is_biased {
+            // Where all is hidden, nothing is attended to.
+            inverse = inverse * largest.greater_elem(HIDDEN / 2.0).float();
+        }
+        as_type(product(cast(weights * inverse), v.clone()), Float::F32)
+    });
+    concatenated(parts.collect(), 2)
 }
 
 /// Softmax over the last axis of `[heads, queries, keys]` in which a sink logit `[heads]` takes part without being

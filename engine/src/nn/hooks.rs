@@ -51,6 +51,11 @@ impl<'a> Hooks<'a> {
         Hooks { recording: None, prefix: String::new() }
     }
 
+    /// Whether somebody looks.
+    pub fn is_recording(&self) -> bool {
+        self.recording.is_some()
+    }
+
     /// Hooks of a submodule.
     pub fn at(&self, name: impl Display) -> Hooks<'a> {
         let prefix = self.recording.map(|_| format!("{}{name}.", self.prefix));

@@ -5,5 +5,6 @@ mod audio;
 mod devices;
 mod diffusion;
 mod fixture;
+mod pipeline;
 mod text;
 mod transformer;

@@ -4,6 +4,7 @@ use burn::tensor::Tensor;
 use burn::tensor::activation::silu;
 
 use crate::error::Result;
+use crate::kernels::depthwise_glu::depthwise_glu;
 use crate::nn::hooks::Hooks;
 use crate::nn::linear::Linear;
 use crate::weights::Weights;
@@ -37,15 +38,23 @@ impl GluMbConv {
 
     /// f32 `[batch, frames, width]` → the same.
     pub fn forward(&self, x: Tensor<3>, hooks: &Hooks<'_>) -> Tensor<3> {
-        let u = silu(self.inverted.forward(x));
-        hooks.see_as("inverted_conv", &u, |u| u.swap_dims(1, 2));
-        let u = self.over_frames(u);
-        hooks.see_as("depth_conv", &u, |u| u.swap_dims(1, 2));
-        let mlp_dim = u.dims()[2] / 2;
-        let (value, gate) = (u.clone().narrow(2, 0, mlp_dim), u.narrow(2, mlp_dim, mlp_dim));
-        let out = self.point.forward(value * silu(gate));
+        let u = self.inverted.forward(x);
+        if hooks.is_recording() {
+            let u = silu(u.clone());
+            hooks.see_as("inverted_conv", &u, |u| u.swap_dims(1, 2));
+            hooks.see_as("depth_conv", &self.over_frames(u), |u| u.swap_dims(1, 2));
+        }
+        let out = self.point.forward(depthwise_glu(u, self.depth.clone(), self.depth_bias.clone()));
         hooks.see("", &out);
         out
+    }
+
+    /// The reference of [`GluMbConv::forward`] in plain tensor operations.
+    pub fn forward_plain(&self, x: Tensor<3>) -> Tensor<3> {
+        let u = self.over_frames(silu(self.inverted.forward(x)));
+        let mlp_dim = u.dims()[2] / 2;
+        let (value, gate) = (u.clone().narrow(2, 0, mlp_dim), u.narrow(2, mlp_dim, mlp_dim));
+        self.point.forward(value * silu(gate))
     }
 
     /// Each channel's convolution over its own three frames; beyond both ends are zeros.

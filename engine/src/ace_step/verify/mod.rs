@@ -25,6 +25,8 @@ use crate::reference::Comparison;
 pub struct Options {
     /// The lyric tokenizer's vocabulary, which is not part of this project.
     pub lyric_vocab: Option<PathBuf>,
+    /// Names of the parts; all where there are none.
+    pub parts: Vec<String>,
 }
 
 /// A part and how it compares.
@@ -166,7 +168,9 @@ pub fn verify<'a>(
     device: &'a Device,
 ) -> impl Iterator<Item = Part> + 'a {
     let context = Context { folder, options, device };
-    CHECKS.iter().map(move |check| {
+    let wanted =
+        |check: &&Check| options.parts.is_empty() || options.parts.iter().any(|part| part == check.name);
+    CHECKS.iter().filter(wanted).map(move |check| {
         let missing: Vec<&str> =
             check.needs.iter().copied().filter(|file| !context.path(file).is_file()).collect();
         let outcome = if check.name == "lyric_tokenizer" && options.lyric_vocab.is_none() {

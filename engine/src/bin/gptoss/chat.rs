@@ -5,17 +5,17 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
+use engine::command::{Styles, interrupt};
 use engine::gpt_oss::{Model, Session};
 use engine::harmony::{Chat, Content, DeveloperContent, Encoding, Message, Role, SystemContent};
 use formats::command::{Console, Outcome, explained};
 
 use crate::conversation::{self, Effort, Opening};
 use crate::input::{Input, Line};
-use crate::interrupt;
 use crate::options::{DeviceOptions, ModelOptions, SamplingOptions, Stops};
 use crate::tools::{self, Tools};
 use crate::turn;
-use crate::view::{Lines, Stats, Styles, Text, View};
+use crate::view::{Lines, Stats, Text, View};
 
 #[derive(clap::Args)]
 pub struct Arguments {

@@ -6,6 +6,7 @@ use std::path::{self, Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueHint;
+use engine::command::{Styles, interrupt};
 use engine::gpt_oss::Session;
 use engine::harmony::{Chat, DeveloperContent, Encoding, SystemContent};
 use formats::command::{CheckpointOptions, Console, Outcome, Talk, Verb};
@@ -17,11 +18,10 @@ use serde_json::{Value, json};
 
 use crate::NAME;
 use crate::conversation::{self, Effort};
-use crate::interrupt;
 use crate::options::{DeviceOptions, SamplingOptions, Stops};
 use crate::tools::{self, Tools};
 use crate::turn::{self, Answer};
-use crate::view::{Lines, Stats, Styles, Text, View};
+use crate::view::{Lines, Stats, Text, View};
 
 /// What the demo model is, wherever it speaks.
 pub const INTRODUCTION: &str = "This is a tiny demo model that this project trained: GPT-OSS's architecture with a few million \

@@ -4,13 +4,13 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail, ensure};
 use clap::{ArgGroup, ValueHint};
+use engine::command::interrupt;
 use engine::gpt_oss::Session;
 use engine::harmony::Chat;
 use formats::command::{Console, Outcome};
 use formats::tokenizer::Tokenizer;
 
 use crate::conversation::{self, Opening};
-use crate::interrupt;
 use crate::options::{DeviceOptions, ModelOptions, SamplingOptions, read_text};
 use crate::tools::{self, Tools};
 use crate::turn;

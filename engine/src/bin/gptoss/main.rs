@@ -7,7 +7,6 @@ mod demo;
 mod generate;
 mod info;
 mod input;
-mod interrupt;
 mod logits;
 mod options;
 mod parity;
@@ -21,6 +20,7 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::{CommandFactory, Parser, Subcommand};
+use engine::command::interrupt;
 use formats::command::{Console, Outcome, Pages, Talk, Verb};
 
 /// What the command is called, in messages and on its pages.

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use clap::{ArgGroup, ValueHint};
 use engine::backend::{Backend, Float};
+use engine::command::{backends, floats};
 use formats::command::{Console, Outcome};
 use formats::output::{Output, TemporaryFolder};
 use formats::progress::Progress;
@@ -15,7 +16,7 @@ use formats::tokenizer::Tokenizer;
 use serde::Serialize;
 
 use crate::logits::{self, Reference};
-use crate::options::{DeviceOptions, ModelOptions, backends, floats, read_tokens};
+use crate::options::{DeviceOptions, ModelOptions, read_tokens};
 
 #[derive(clap::Args)]
 #[command(group = ArgGroup::new("second").multiple(true).required(true).args(

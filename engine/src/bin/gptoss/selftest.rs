@@ -4,12 +4,10 @@ use std::io::Write;
 
 use anyhow::Result;
 use engine::backend::Backend;
+use engine::command::{Styles, backends};
 use engine::selftest::{self, Check, Options, Report};
 use formats::command::{Console, Outcome};
 use serde::Serialize;
-
-use crate::options::backends;
-use crate::view::Styles;
 
 #[derive(clap::Args)]
 pub struct Arguments {

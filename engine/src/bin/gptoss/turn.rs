@@ -5,12 +5,12 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use engine::command::interrupt::Cancellable;
 use engine::gpt_oss::{Request, Session, Step, Stop, generate};
 use engine::harmony::{Chat, Encoding, Event, StreamParser, ToolCall, Turn, token};
 use formats::model_bin::Stored;
 use formats::tokenizer::{TextDecoder, Tokenizer};
 
-use crate::interrupt::Cancellable;
 use crate::options::{SamplingOptions, Stops};
 use crate::view::{Stats, View};
 

@@ -3,8 +3,8 @@
 use std::borrow::Cow;
 use std::io::{self, IsTerminal, Write};
 
-use anstream::AutoStream;
-use anstyle::{AnsiColor, Style};
+use anstyle::Style;
+use engine::command::Styles;
 use engine::gpt_oss::{Step, Stop};
 use engine::harmony::{Event, Header, Notice, Problem, ToolCall};
 use formats::command::bar;
@@ -121,41 +121,6 @@ pub trait View {
     fn generated(&mut self, stats: &Stats) -> io::Result<()>;
     /// There is an answer, or nothing more will come: the numbers of all its generations.
     fn answered(&mut self, stats: &[Stats]) -> io::Result<()>;
-}
-
-/// Styles of the terminal; empty where it shall or can have none.
-#[derive(Clone, Copy, Default)]
-pub struct Styles {
-    /// Whether there are any.
-    pub on: bool,
-    /// What matters.
-    pub bold: Style,
-    /// What does not.
-    pub dim: Style,
-    /// Calls and their results.
-    pub call: Style,
-    /// What is wrong.
-    pub warning: Style,
-    /// What was found right.
-    pub good: Style,
-}
-
-impl Styles {
-    /// Those for standard output: none where it is no terminal, or with NO_COLOR.
-    pub fn of_stdout() -> Styles {
-        if AutoStream::choice(&io::stdout()) == anstream::ColorChoice::Never {
-            return Styles::default();
-        }
-        let color = |color: AnsiColor| Style::new().fg_color(Some(color.into()));
-        Styles {
-            on: true,
-            bold: Style::new().bold(),
-            dim: Style::new().dimmed(),
-            call: color(AnsiColor::Cyan),
-            warning: color(AnsiColor::Yellow),
-            good: color(AnsiColor::Green),
-        }
-    }
 }
 
 /// Text on standard output: channels by style, or by labels where there are no styles.
