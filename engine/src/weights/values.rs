@@ -62,7 +62,11 @@ fn stored<'f>(file: &'f TensorFile, name: &str) -> Option<(&'f str, &'f TensorIn
     found(name).or_else(|| newer_name(name).and_then(|name| found(&name)))
 }
 
-pub(super) fn find<'f>(file: &'f TensorFile, name: &str, shape: &[usize]) -> Result<(&'f str, &'f TensorInfo)> {
+pub(super) fn find<'f>(
+    file: &'f TensorFile,
+    name: &str,
+    shape: &[usize],
+) -> Result<(&'f str, &'f TensorInfo)> {
     let Some((stored, info)) = stored(file, name) else {
         return Err(wrong(file, name, "no such tensor".into(), format!("one of shape {shape:?}")));
     };

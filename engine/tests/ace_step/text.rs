@@ -11,6 +11,7 @@ use engine::backend::{Backend, Device, Float};
 use engine::nn::hooks::Hooks;
 use engine::reference::{Comparison, Reference, Tolerance};
 use engine::weights::{self, Component, Types};
+use proptest::prelude::*;
 use serde::Deserialize;
 
 use crate::devices::devices;
@@ -286,8 +287,32 @@ fn english_lines_are_cleaned_as_python_cleans_them() {
     }
 }
 
-fn line(text: &str, language: Language) -> Line {
-    Line { text: text.into(), language }
+proptest! {
+    /// Whatever is written, cleaning ends, and what it ends with is clean.
+    #[test]
+    fn cleaned_lines_are_in_lower_case_with_single_blanks(text in "([0-9.,$£€ ]|mr\\.|st|\\PC|\"){0,40}") {
+        for language in Language::ALL {
+            let clean = language.clean(&text);
+            let words: Vec<&str> = clean.split_whitespace().collect();
+            prop_assert_eq!(&words.join(" "), &clean);
+            prop_assert!(!clean.contains(|c: char| c.is_ascii_uppercase()));
+        }
+        prop_assert!(!english::clean(&text).contains(['"', '&', '$', '0', '9']));
+    }
+
+    /// Numbers without end are no numbers, and every other one has words.
+    #[test]
+    fn every_positive_number_below_10_to_the_306_has_words(bits in any::<u64>()) {
+        let number = f64::from_bits(bits).abs();
+        let has_words = numbers::decimal(number).is_some();
+        // Python's power of ten overflows for the decimals of the smallest ones.
+        prop_assert!(has_words || !(1e-280..1e306).contains(&number), "{number}");
+        prop_assert_eq!(numbers::currency(number, numbers::Currency::Euro).is_some(), number < 1e26);
+    }
+}
+
+fn line(number: usize, text: &str, language: Language) -> Line {
+    Line { number, text: text.into(), language }
 }
 
 #[test]
@@ -295,14 +320,14 @@ fn lyrics_are_in_the_language_that_is_named() {
     let text = "[verse]\n  Hello  \n\n[de] Guten Tag\nHello again\n[fr]\nBonjour\n[zh-cn]ni3hao3\n[hook]";
     let lyrics = Lyrics::parse(text, Language::En);
     let expected = [
-        line("[verse]", Language::En),
-        line("Hello", Language::En),
-        line("", Language::En),
-        line("Guten Tag", Language::De),
-        line("Hello again", Language::En),
-        line("Bonjour", Language::Fr),
-        line("ni3hao3", Language::Zh),
-        line("[hook]", Language::Fr),
+        line(1, "[verse]", Language::En),
+        line(2, "Hello", Language::En),
+        line(3, "", Language::En),
+        line(4, "Guten Tag", Language::De),
+        line(5, "Hello again", Language::En),
+        line(7, "Bonjour", Language::Fr),
+        line(8, "ni3hao3", Language::Zh),
+        line(9, "[hook]", Language::Fr),
     ];
     assert_eq!(lyrics.lines, expected);
     assert_eq!(Lyrics::parse("", Language::En), Lyrics::default());
@@ -354,6 +379,7 @@ fn notes_say_what_to_write_otherwise() {
     assert_eq!(notes("wo3 ai4 yin1yue4", Language::Zh), []);
     let unwritten = |line, language, found: &str| Note::Unwritten { line, language, found: found.into() };
     assert_eq!(notes("Hallo\n99 Luftballons & 9", Language::De), [unwritten(2, Language::De, "9&")]);
+    assert_eq!(notes("[de]\n99 Luftballons", Language::En), [unwritten(2, Language::De, "9")]);
     assert_eq!(notes("ni3 5 hao3", Language::Zh), [unwritten(1, Language::Zh, "5")]);
     assert_eq!(
         notes("[Instrumental]", Language::En),

@@ -202,6 +202,8 @@ pub struct Lyrics {
 /// A line of lyrics.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Line {
+    /// Its number in the text, from 1, by which notes and errors name it.
+    pub number: usize,
     /// What is sung, or a tag of the structure such as `[chorus]`. Nothing in a blank line.
     pub text: String,
     /// The language. A line that begins with a tag is read as English.
@@ -215,22 +217,22 @@ impl Lyrics {
         if text.is_empty() {
             return Lyrics { lines };
         }
-        for line in text.split('\n') {
-            let line = line.trim_matches(is_blank);
-            let named = line.strip_prefix('[').and_then(|line| line.split_once(']'));
-            match named.and_then(|(code, rest)| Some((code.parse::<Language>().ok()?, rest))) {
+        for (index, text) in text.split('\n').enumerate() {
+            let (number, text) = (index + 1, text.trim_matches(is_blank));
+            let named = text.strip_prefix('[').and_then(|text| text.split_once(']'));
+            match named.and_then(|(code, text)| Some((code.parse::<Language>().ok()?, text))) {
                 Some((named, "")) => language = named,
-                Some((named, rest)) => {
-                    lines.push(Line { text: rest.trim_start_matches(is_blank).into(), language: named })
+                Some((language, text)) => {
+                    lines.push(Line { number, text: text.trim_start_matches(is_blank).into(), language });
                 }
-                None => lines.push(Line { text: line.into(), language }),
+                None => lines.push(Line { number, text: text.into(), language }),
             }
         }
         Lyrics { lines }
     }
 }
 
-/// Something about lyrics that the user may want to write otherwise. The lines count from 1.
+/// Something about lyrics that the user may want to write otherwise, with the [number](Line::number) of its line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case", tag = "note")]
 pub enum Note {
@@ -348,8 +350,8 @@ impl Tokenizer {
         }
         let mut ids = vec![START];
         let mut notes = Vec::new();
-        for (index, line) in lyrics.lines.iter().enumerate() {
-            let (number, text) = (index + 1, line.text.trim_matches(is_blank));
+        for line in &lyrics.lines {
+            let (number, text) = (line.number, line.text.trim_matches(is_blank));
             let tag = leading_tag(text);
             if let Some((found, needed)) = unromanised(text) {
                 let needed = if tag.is_some() { "a tag such as [verse] or [chorus]" } else { needed };
@@ -362,7 +364,7 @@ impl Tokenizer {
                 if let Some(tag) = tag.filter(|tag| !TAGS.contains(&tag.to_lowercase().as_str())) {
                     notes.push(Note::Tag { line: number, found: format!("[{tag}]") });
                 }
-                // What is said of a tag is said.
+                // The brackets of a tag that is none are no further news.
                 let sung = tag.and_then(|_| clean.split_once(']')).map_or(clean.as_str(), |(_, sung)| sung);
                 let found = language.unwritten(sung);
                 if !found.is_empty() {
