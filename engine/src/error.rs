@@ -136,6 +136,14 @@ pub enum Error {
         /// How to write them instead.
         needed: &'static str,
     },
+    /// A sound file that cannot be read or written.
+    #[error("{path}: {reason}", path = path.display())]
+    Audio {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// The caller ended a run.
     #[error("ended after {done} of {total} steps")]
     Cancelled {

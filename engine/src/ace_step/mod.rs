@@ -25,6 +25,7 @@
 //! [`Types`](crate::weights::Types) chooses.
 
 pub mod dcae;
+pub mod decode;
 pub mod erg;
 pub mod lyrics;
 pub mod prompt;

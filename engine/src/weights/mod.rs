@@ -179,23 +179,22 @@ impl<'a> Weights<'a> {
         Ok(Linear { weight, bias, compute: self.types.compute })
     }
 
-    /// Linear layers of the same input, `[outputs, inputs]` each with a bias, as one layer whose outputs are theirs one
-    /// after the other.
+    /// Linear layers of the same input, `[outputs, inputs]` each, as one layer whose outputs are theirs one after the other.
     ///
     /// # Errors
     /// As [`Weights::tensor`]'s.
-    pub fn stacked(&self, names: &[&str], [outputs, inputs]: [usize; 2]) -> Result<Linear> {
-        let layers = names.iter().map(|name| self.linear(name, [outputs, inputs], true));
+    pub fn stacked(&self, names: &[&str], [outputs, inputs]: [usize; 2], bias: bool) -> Result<Linear> {
+        let layers = names.iter().map(|name| self.linear(name, [outputs, inputs], bias));
         let layers = layers.collect::<Result<Vec<_>>>()?;
         if matches!(self.source, Source::Names(_)) {
             let all = outputs * names.len();
-            let (weight, bias) = (self.placeholder([all, inputs]), self.placeholder([all]));
-            return Ok(Linear { weight, bias: Some(bias), compute: self.types.compute });
+            let bias = bias.then(|| self.placeholder([all]));
+            return Ok(Linear { weight: self.placeholder([all, inputs]), bias, compute: self.types.compute });
         }
-        let biases = layers.iter().filter_map(|layer| layer.bias.clone()).collect();
-        let weights = layers.into_iter().map(|layer| layer.weight).collect();
-        let (weight, bias) = (Tensor::cat(weights, 0), Tensor::cat(biases, 0));
-        Ok(Linear { weight, bias: Some(bias), compute: self.types.compute })
+        let (weights, biases): (Vec<_>, Vec<_>) =
+            layers.into_iter().map(|layer| (layer.weight, layer.bias)).unzip();
+        let bias = biases.into_iter().collect::<Option<Vec<_>>>().map(|biases| Tensor::cat(biases, 0));
+        Ok(Linear { weight: Tensor::cat(weights, 0), bias, compute: self.types.compute })
     }
 
     /// `name.weight` `[outputs, inputs]` and, where there is one, `name.bias` `[outputs]`.
@@ -257,6 +256,23 @@ impl<'a> Weights<'a> {
     pub fn unused_linear(&self, name: impl Display, [outputs, inputs]: [usize; 2]) {
         self.unused(&format!("{name}.weight"), &[outputs, inputs]);
         self.unused(&format!("{name}.bias"), &[outputs]);
+    }
+
+    /// The tensors that another constructor asks for, which are not needed this time.
+    ///
+    /// # Errors
+    /// Those of the constructor.
+    pub fn unused_by<M>(&self, build: impl FnOnce(&Weights<'_>) -> Result<M>) -> Result<()> {
+        if let Source::Names(names) = self.source {
+            let of_other = RefCell::default();
+            let source = &Source::Names(&of_other);
+            build(&Weights { source, device: self.device, types: self.types, prefix: self.prefix.clone() })?;
+            let unused = of_other.take().into_iter();
+            names
+                .borrow_mut()
+                .extend(unused.map(|(name, wanted)| (name, Expected { role: Role::Unused, ..wanted })));
+        }
+        Ok(())
     }
 
     /// A tensor that files may have and inference does not need.

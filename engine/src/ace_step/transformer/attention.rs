@@ -28,7 +28,7 @@ pub struct LinearAttention {
 impl LinearAttention {
     pub(super) fn new(width: usize, head_dim: usize, weights: &Weights<'_>) -> Result<LinearAttention> {
         Ok(LinearAttention {
-            qkv: weights.stacked(&["to_q", "to_k", "to_v"], [width, width])?,
+            qkv: weights.stacked(&["to_q", "to_k", "to_v"], [width, width], true)?,
             out: weights.linear("to_out.0", [width, width], true)?,
             head_dim,
         })
@@ -100,7 +100,7 @@ impl CrossAttention {
         }
         Ok(CrossAttention {
             q: weights.linear("to_q", [width, width], true)?,
-            kv: weights.stacked(&["to_k", "to_v"], [width, width])?,
+            kv: weights.stacked(&["to_k", "to_v"], [width, width], true)?,
             out: weights.linear("to_out.0", [width, width], true)?,
             head_dim,
         })
