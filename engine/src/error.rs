@@ -126,6 +126,16 @@ pub enum Error {
         /// What it has to be.
         needed: String,
     },
+    /// Lyrics in a script that their tokenizer has no letters for.
+    #[error("lyrics, line {line}: found {found}, needed {needed}")]
+    Lyrics {
+        /// The line, from 1.
+        line: usize,
+        /// Some of the characters.
+        found: String,
+        /// How to write them instead.
+        needed: &'static str,
+    },
     /// A sound file that cannot be read or written.
     #[error("{path}: {reason}", path = path.display())]
     Audio {

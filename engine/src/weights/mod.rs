@@ -14,6 +14,7 @@
 
 mod component;
 mod random;
+mod table;
 mod values;
 
 use std::cell::RefCell;
@@ -26,6 +27,7 @@ use formats::progress::Progress;
 
 pub(crate) use component::read_json;
 pub use component::{Component, Mismatch};
+pub use table::Table;
 
 use crate::backend::{Backend, Device, Float};
 use crate::error::{Error, Result};
@@ -203,6 +205,24 @@ impl<'a> Weights<'a> {
         let weight = self.kernel(&format!("{name}.weight"), [outputs, inputs])?;
         let bias = bias.then(|| self.tensor(&format!("{name}.bias"), [outputs])).transpose()?;
         Ok(Linear { weight, bias, compute: self.types.compute })
+    }
+
+    /// A table `[rows, width]` of which a few rows at a time are looked up: it stays in its file and comes to no device.
+    ///
+    /// # Errors
+    /// [`Error::Weights`] where the file has no such tensor. What its rows hold is seen when they are read.
+    pub fn table(&self, name: &str, [rows, width]: [usize; 2]) -> Result<Table> {
+        self.expect(name, &[rows, width], Role::Used);
+        let name = format!("{}{name}", self.prefix);
+        Ok(match self.source {
+            Source::Names(_) => Table::empty([rows, width]),
+            Source::Random { seed } => Table::random(*seed, name, [rows, width]),
+            Source::File { file, progress } => {
+                let table = Table::of_file(file, &name, [rows, width])?;
+                progress.advance(values::stored_bytes(file, &name));
+                table
+            }
+        })
     }
 
     /// A kernel under weight normalisation (Salimans and Kingma 2016, arXiv:1602.07868): `g · v / ‖v‖` with the norm over

@@ -12,8 +12,13 @@ use crate::error::Result;
 pub(super) fn read(file: &TensorFile, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
     let (stored, info) = find(file, name, shape)?;
     let bytes = file.read(stored)?;
+    decode(file, stored, info.dtype, &bytes)
+}
+
+/// f32 values of some of a tensor's elements.
+pub(super) fn decode(file: &TensorFile, stored: &str, dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>> {
     let pairs = || bytes.as_chunks::<2>().0.iter();
-    let values: Vec<f32> = match info.dtype {
+    let values: Vec<f32> = match dtype {
         Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
         Dtype::BF16 => pairs().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
         Dtype::F16 => pairs().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
@@ -57,7 +62,11 @@ fn stored<'f>(file: &'f TensorFile, name: &str) -> Option<(&'f str, &'f TensorIn
     found(name).or_else(|| newer_name(name).and_then(|name| found(&name)))
 }
 
-fn find<'f>(file: &'f TensorFile, name: &str, shape: &[usize]) -> Result<(&'f str, &'f TensorInfo)> {
+pub(super) fn find<'f>(
+    file: &'f TensorFile,
+    name: &str,
+    shape: &[usize],
+) -> Result<(&'f str, &'f TensorInfo)> {
     let Some((stored, info)) = stored(file, name) else {
         return Err(wrong(file, name, "no such tensor".into(), format!("one of shape {shape:?}")));
     };

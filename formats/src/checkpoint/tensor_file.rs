@@ -68,4 +68,23 @@ impl TensorFile {
         self.shard.read_at(&mut bytes, tensor.range.start)?;
         Ok(bytes)
     }
+
+    /// The bytes of a part of a tensor, from `offset` bytes behind its first one.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where there is no such tensor or it ends before the part does, [`Error::Io`] where the file
+    /// cannot be read any more.
+    pub fn read_part(&self, name: &str, offset: u64, out: &mut [u8]) -> Result<()> {
+        let tensor = self.tensors.get(name);
+        let part = tensor.and_then(|tensor| {
+            let start = tensor.range.start.checked_add(offset)?;
+            let end = start.checked_add(out.len() as u64)?;
+            (end <= tensor.range.end).then_some(start)
+        });
+        let Some(start) = part else {
+            let part = format!("{} bytes at {offset} of a tensor {name}", out.len());
+            return Err(Error::Unsupported(format!("{}: no {part}", self.path.display())));
+        };
+        self.shard.read_at(out, start)
+    }
 }
