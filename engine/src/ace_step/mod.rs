@@ -18,16 +18,20 @@
 //! | [`dcae`], [`vocoder`], [`decode`] | latents to sound, and back |
 //! | [`umt5`], [`prompt`], [`lyrics`] | text |
 //! | [`erg`] | what makes attention less sharp, to be steered away from |
-//! | [`checkpoint`], [`plan`] | what a folder has, and what a song will take |
+//! | [`checkpoint`], [`preset`], [`plan`] | what a folder has, configurations, and what a song will take |
 //! | [`verify`] | every part beside the original's results |
 //!
 //! Every model has one constructor, `new(config, weights)`, and computes in f32 but for the factors of products, which
 //! [`Types`](crate::weights::Types) chooses.
 
+pub mod checkpoint;
 pub mod dcae;
 pub mod decode;
 pub mod erg;
 pub mod lyrics;
+pub mod pipeline;
+pub mod plan;
+pub mod preset;
 pub mod prompt;
 pub mod sampling;
 pub mod transformer;

@@ -21,6 +21,12 @@ pub trait Noise {
     fn draw(&mut self, name: &str, shape: [usize; 4], device: &Device) -> Result<Tensor<4>>;
 }
 
+impl<N: Noise + ?Sized> Noise for Box<N> {
+    fn draw(&mut self, name: &str, shape: [usize; 4], device: &Device) -> Result<Tensor<4>> {
+        (**self).draw(name, shape, device)
+    }
+}
+
 /// Noise that follows from a seed for each sample: the same on every device. It is this project's own, not PyTorch's, whose
 /// generators differ between devices: ChaCha8, and the method of Box and Muller in f64.
 #[derive(Clone, Debug)]

@@ -5,9 +5,10 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use burn::tensor::Tensor;
-use engine::ace_step::frames_of_seconds;
+use engine::ace_step::decode::MusicDecoder;
 use engine::ace_step::sampling::{self, Song, Task};
 use engine::ace_step::transformer::{Config, Prompt, Transformer};
+use engine::ace_step::{SONG_RATE, dcae, frames_of_seconds, vocoder};
 use engine::backend::Device;
 use engine::diffusion::noise::SeededNoise;
 use engine::weights::{self, Types};
@@ -42,13 +43,19 @@ pub struct Arguments {
     device: DeviceOptions,
 }
 
+/// The medians of a number of steps.
 #[derive(Serialize)]
 struct Row {
     steps: usize,
+    /// Runs of the transformer.
     decodes: usize,
-    /// Of each run.
-    seconds: Vec<f64>,
-    median: f64,
+    /// From the encoded prompt to the latent.
+    sampling: f64,
+    /// To the spectrogram.
+    mel: f64,
+    /// To the samples of both channels at 48 kHz, on the host.
+    sound: f64,
+    total: f64,
     seconds_per_step: f64,
 }
 
@@ -61,32 +68,52 @@ pub fn bench(console: &Console, arguments: &Arguments) -> Result<Outcome> {
     let transformer = weights::random(0, &device, types, |weights| Transformer::new(&config, weights))?;
     device.sync()?;
     let made = start.elapsed().as_secs_f64();
+    let decoder = MusicDecoder {
+        decoder: weights::random(0, &device, types, |weights| {
+            dcae::Decoder::new(&dcae::Config::released(), weights)
+        })?,
+        vocoder: weights::random(0, &device, types, |weights| {
+            vocoder::Vocoder::new(&vocoder::Config::released(), weights)
+        })?,
+    };
     let song = song(&config, arguments, &device);
     let frames = frames_of_seconds(arguments.seconds);
     let mut rows = Vec::new();
     for &infer_steps in &arguments.steps {
         let options = sampling::Options { infer_steps, ..sampling::Options::default() };
-        let decodes = options.run()?.decodes();
-        let mut seconds = Vec::new();
+        let mut times = [Vec::new(), Vec::new(), Vec::new()];
         for run in 0..=arguments.runs {
             let steps = Steps::begin(console);
             let noise = &mut SeededNoise::new(&[run as u64]);
-            let start = Instant::now();
-            sampling::sample(&transformer, &song, frames, &Task::Text2Music, &options, noise, &mut |step| {
-                steps.step(step)
-            })?;
+            let mut clock = Instant::now();
+            let mut lap = || std::mem::replace(&mut clock, Instant::now()).elapsed().as_secs_f64();
+            let task = Task::Text2Music;
+            let latent =
+                sampling::sample(&transformer, &song, frames, &task, &options, noise, &mut |step| {
+                    steps.step(step)
+                })?;
+            let sampling = lap();
+            let mel = decoder.log_mel(latent)?;
             device.sync()?;
+            let to_mel = lap();
+            for sound in decoder.sound(mel)? {
+                sound.resampled(SONG_RATE)?;
+            }
+            let sound = lap();
+            // The first compiles, tunes and allocates.
             if run > 0 {
-                seconds.push(start.elapsed().as_secs_f64());
+                times.iter_mut().zip([sampling, to_mel, sound]).for_each(|(times, time)| times.push(time));
             }
         }
-        let median = median(&seconds);
+        let [sampling, mel, sound] = times.map(|times| median(&times));
         rows.push(Row {
             steps: infer_steps,
-            decodes,
-            seconds,
-            median,
-            seconds_per_step: median / infer_steps as f64,
+            decodes: options.run()?.decodes(),
+            sampling,
+            mel,
+            sound,
+            total: sampling + mel + sound,
+            seconds_per_step: sampling / infer_steps as f64,
         });
     }
     let mut out = std::io::stdout().lock();
@@ -100,12 +127,12 @@ pub fn bench(console: &Console, arguments: &Arguments) -> Result<Outcome> {
     }
     let Types { compute, .. } = types;
     writeln!(out, "{}, {compute}; {frames} frames, weights made in {made:.1} s", device.name())?;
-    for Row { steps, decodes, median, seconds_per_step, .. } in &rows {
-        let of_decode = 1e3 * median / *decodes as f64;
+    for Row { steps, decodes, sampling, mel, sound, total, seconds_per_step } in &rows {
+        let of_decode = 1e3 * sampling / *decodes as f64;
         writeln!(
             out,
-            "{steps:4} steps  {decodes:4} runs of the transformer  {median:8.2} s  {seconds_per_step:.4} s a step  \
-             {of_decode:.1} ms a run"
+            "{steps:4} steps  {total:8.2} s: sampling {sampling:.2} s ({seconds_per_step:.4} s a step, {decodes} runs \
+             of the transformer of {of_decode:.1} ms), mel {mel:.2} s, sound {sound:.2} s"
         )?;
     }
     Ok(Outcome::Fine)

@@ -1,7 +1,13 @@
 //! The command `ace-step`: music from a prompt and lyrics.
 
 mod bench;
+mod demo;
 mod device;
+mod generate;
+mod options;
+mod picture;
+mod plan;
+mod shapes;
 mod steps;
 mod verify;
 
@@ -31,12 +37,22 @@ struct Arguments {
 #[derive(Subcommand)]
 #[allow(clippy::large_enum_variant)]
 enum Verbs {
+    /// The whole pipeline with a tiny model of random weights: it proves that everything runs, and gives noise.
+    Demo(demo::Arguments),
+    /// Make a song.
+    Generate(generate::Arguments),
+    /// Check the names and shapes of a checkpoint's tensors, from the headers alone.
+    ///
+    /// Exits with 1 where anything is missing, not expected or of another shape.
+    Shapes(shapes::Arguments),
     /// Compare every part with the results of the original code in a folder laid out like fixtures/ace-step.
     ///
     /// Exits with 1 where a part misses its tolerance, or where the folder has none.
     Verify(verify::Arguments),
     /// Measure how long a song takes here, with random weights in the released shapes.
     Bench(bench::Arguments),
+    /// Show memory and operations for a length and a number of steps.
+    Plan(plan::Arguments),
     #[command(flatten)]
     Pages(Pages),
 }
@@ -54,8 +70,12 @@ fn main() -> ExitCode {
 
 fn run(console: &Console, verb: &Verbs) -> Result<Outcome> {
     match verb {
+        Verbs::Demo(arguments) => demo::demo(console, arguments),
+        Verbs::Generate(arguments) => generate::generate(console, arguments),
+        Verbs::Shapes(arguments) => shapes::shapes(console, arguments),
         Verbs::Verify(arguments) => verify::verify(console, arguments),
         Verbs::Bench(arguments) => bench::bench(console, arguments),
+        Verbs::Plan(arguments) => plan::plan(console, arguments),
         Verbs::Pages(page) => page.print(Arguments::command()),
     }
 }
