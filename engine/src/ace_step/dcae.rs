@@ -454,8 +454,15 @@ struct Kind<'a> {
 
 #[derive(Debug)]
 enum Block {
-    Res { conv1: Conv2d, conv2: Conv2d, norm: BiasedRmsNorm },
-    EfficientVit { attn: Box<Attention>, conv_out: Box<GluMbConv2d> },
+    Res(Box<ResBlock>),
+    EfficientVit(Box<(Attention, GluMbConv2d)>),
+}
+
+#[derive(Debug)]
+struct ResBlock {
+    conv1: Conv2d,
+    conv2: Conv2d,
+    norm: BiasedRmsNorm,
 }
 
 impl Block {
@@ -463,25 +470,26 @@ impl Block {
         let channels = kind.channels;
         let square = [channels, channels, 3];
         Ok(match kind.block {
-            BlockType::ResBlock => Block::Res {
+            BlockType::ResBlock => Block::Res(Box::new(ResBlock {
                 conv1: Conv2d::new(weights, "conv1", square, true, Walk::same(3))?,
                 conv2: Conv2d::new(weights, "conv2", square, false, Walk::same(3))?,
                 norm: norm(weights, "norm", channels)?,
-            },
-            BlockType::EfficientViTBlock => Block::EfficientVit {
-                attn: Box::new(Attention::new(kind, &weights.at("attn"))?),
-                conv_out: Box::new(GluMbConv2d::new(channels, &weights.at("conv_out"))?),
-            },
+            })),
+            BlockType::EfficientViTBlock => Block::EfficientVit(Box::new((
+                Attention::new(kind, &weights.at("attn"))?,
+                GluMbConv2d::new(channels, &weights.at("conv_out"))?,
+            ))),
         })
     }
 
     fn forward(&self, x: Tensor<4>, hooks: &Hooks<'_>) -> Tensor<4> {
         let x = match self {
-            Block::Res { conv1, conv2, norm } => {
-                let y = conv2.forward(silu(conv1.forward(x.clone())));
-                x + normalised(y, norm)
+            Block::Res(block) => {
+                let y = block.conv2.forward(silu(block.conv1.forward(x.clone())));
+                x + normalised(y, &block.norm)
             }
-            Block::EfficientVit { attn, conv_out } => {
+            Block::EfficientVit(layers) => {
+                let (attn, conv_out) = layers.as_ref();
                 let x = attn.forward(x);
                 hooks.see("attn", &x);
                 conv_out.forward(x)

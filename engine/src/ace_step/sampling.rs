@@ -120,21 +120,21 @@ pub enum Task {
     },
 }
 
-/// How a song becomes another one (FlowEdit, Kulikov et al. 2024, arXiv:2412.08629).
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct EditOptions {
-    /// The part of the steps that are left out at the start: the larger, the more of the song stays.
+/// A song that becomes another one (FlowEdit, Kulikov et al. 2024, arXiv:2412.08629).
+#[derive(Clone, Debug)]
+pub struct Edit {
+    /// What the song is.
+    pub source: Prompt,
+    /// What it shall be.
+    pub target: Prompt,
+    /// Its latent, f32 `[batch, channels, height, frames]`.
+    pub latent: Tensor<4>,
+    /// The part of the steps that are left out at the start: the larger, the more of the song stays. The original has 0.
     pub n_min: f64,
-    /// The part after which the new song is sampled without regard for the old one.
+    /// The part after which the new song is sampled without regard for the old one. The original has 1.
     pub n_max: f64,
-    /// Draws of noise for each step.
+    /// Draws of noise for each step. The original has 1.
     pub n_avg: usize,
-}
-
-impl Default for EditOptions {
-    fn default() -> EditOptions {
-        EditOptions { n_min: 0.0, n_max: 1.0, n_avg: 1 }
-    }
 }
 
 /// How far a run is.
@@ -354,22 +354,20 @@ pub fn sample(
     finite("latent", x)
 }
 
-/// Makes a song another one: the latent of `target` from that of `source`, f32 `[batch, channels, height, frames]`.
+/// Makes a song another one: its latent, f32 `[batch, channels, height, frames]`.
 ///
 /// # Errors
 /// As [`sample`]'s.
 pub fn edit(
     transformer: &Transformer,
-    source: &Prompt,
-    target: &Prompt,
-    latent: Tensor<4>,
-    edit: EditOptions,
+    edit: &Edit,
     options: &Options,
     noise: &mut dyn Noise,
     on_step: &mut dyn FnMut(&Step) -> ControlFlow<()>,
 ) -> Result<Tensor<4>> {
+    let latent = &edit.latent;
     let shape = latent.dims();
-    given("latent", &latent, shape)?;
+    given("latent", latent, shape)?;
     let (n_min, n_max) = (part("n_min", edit.n_min)?, part("n_max", edit.n_max)?);
     if edit.n_avg == 0 || n_max < n_min {
         let found = format!("n_min {n_min}, n_max {n_max}, n_avg {}", edit.n_avg);
@@ -382,8 +380,8 @@ pub fn edit(
     let times: Vec<f32> = scheduler.timesteps().iter().map(|time| time / 1000.0).collect();
     let [n_min, n_max] = [n_min, n_max].map(|part| (steps as f64 * part) as usize);
     let rope = transformer.rope(shape[3]);
-    let mut old = EditSide::new(transformer, source, &rope, options)?;
-    let mut new = EditSide::new(transformer, target, &rope, options)?;
+    let mut old = EditSide::new(transformer, &edit.source, &rope, options)?;
+    let mut new = EditSide::new(transformer, &edit.target, &rope, options)?;
     let mut draws = 0;
     let mut draw = || {
         draws += 1;

@@ -182,7 +182,7 @@ fn reference(u: &[f32], taps: &[f32], bias: &[f32], frames: usize, width: usize)
         let tap = |index: usize, row: usize| {
             f64::from(taps[index * channels + channel]) * silu(f64::from(u[row * channels + channel]))
         };
-        let before = if row % frames > 0 { tap(0, row - 1) } else { 0.0 };
+        let before = if row.is_multiple_of(frames) { 0.0 } else { tap(0, row - 1) };
         let behind = if row % frames + 1 < frames { tap(2, row + 1) } else { 0.0 };
         f64::from(bias[channel]) + before + tap(1, row) + behind
     };

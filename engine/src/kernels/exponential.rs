@@ -9,7 +9,7 @@ use cubecl::prelude::*;
 #[cube]
 pub(crate) fn exponential(x: f32) -> f32 {
     let x = f32::clamp(x, -87.0f32, 88.0f32);
-    let n = f32::round(x * 1.442_695f32);
+    let n = f32::round(x * comptime!(std::f32::consts::LOG2_E));
     let r = (x - n * 0.693_359_4f32) + n * 2.121_944_4e-4f32;
     let mut p = comptime!(1.0f32 / 5040.0).runtime();
     p = p * r + comptime!(1.0f32 / 720.0);

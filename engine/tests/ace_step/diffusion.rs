@@ -93,7 +93,7 @@ fn seeded_noise_is_normal_and_the_same_on_every_device() {
     let count = drawn[0].len() as f64;
     for (power, moment_of_normal, variance) in [(1, 0.0, 1.0), (2, 1.0, 2.0), (3, 0.0, 15.0), (4, 3.0, 96.0)]
     {
-        let bound = 5.0 * (f64::from(variance) / count).sqrt();
+        let bound = 5.0 * (variance / count).sqrt();
         assert!((moment(power) - moment_of_normal).abs() < bound, "moment {power}: {}", moment(power));
     }
     let distinct: BTreeSet<u32> = drawn[0].iter().map(|value| value.to_bits()).collect();

@@ -93,6 +93,19 @@ pub struct ContextStates {
     v: Tensor<4>,
 }
 
+/// What attention needs beside the frames.
+#[derive(Clone, Copy)]
+pub(in crate::ace_step) struct Surroundings<'a> {
+    pub(in crate::ace_step) context: &'a ContextStates,
+    /// Hides what of the context is padding; and the layer that asks it.
+    pub(in crate::ace_step) bias: (&'a dyn BiasProvider, usize),
+    pub(in crate::ace_step) rope: &'a Table,
+    /// f32 `[batch, frames]`: frames where it is 0 are not attended to, and attend to nothing.
+    pub(in crate::ace_step) frame_mask: Option<&'a Tensor<2>>,
+    /// Multiplies the queries.
+    pub(in crate::ace_step) tau: Option<f32>,
+}
+
 impl CrossAttention {
     pub(super) fn new(width: usize, head_dim: usize, weights: &Weights<'_>) -> Result<CrossAttention> {
         for name in ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"] {
@@ -118,28 +131,21 @@ impl CrossAttention {
         ContextStates { k, v }
     }
 
-    /// f32 `[batch, frames, width]` → the same. Frames whose `frame_mask` is 0 attend to nothing; the bias hides what of
-    /// the context is padding. `tau` multiplies the queries.
+    /// f32 `[batch, frames, width]` → the same.
     pub(in crate::ace_step) fn forward(
         &self,
         x: Tensor<3>,
-        context: &ContextStates,
-        rope: &Table,
-        bias: (&dyn BiasProvider, usize),
-        frame_mask: Option<&Tensor<2>>,
-        tau: Option<f32>,
+        around: &Surroundings<'_>,
         hooks: &Hooks<'_>,
     ) -> Tensor<3> {
         let [batch, frames, width] = x.dims();
         let q = self.q.forward(x).reshape([batch, frames, width / self.head_dim, self.head_dim]);
-        let mut scale = (self.head_dim as f32).sqrt().recip();
-        if let Some(tau) = tau {
-            scale *= tau;
-        }
-        let q = rope.apply(q).swap_dims(1, 2);
-        let out = attend(q, context.k.clone(), context.v.clone(), scale, Some(bias));
+        let scale = (self.head_dim as f32).sqrt().recip() * around.tau.unwrap_or(1.0);
+        let q = around.rope.apply(q).swap_dims(1, 2);
+        let ContextStates { k, v } = around.context;
+        let out = attend(q, k.clone(), v.clone(), scale, Some(around.bias));
         let mut out = out.swap_dims(1, 2).reshape([batch, frames, width]);
-        if let Some(mask) = frame_mask {
+        if let Some(mask) = around.frame_mask {
             out = out * mask.clone().reshape([batch, frames, 1]);
         }
         let out = self.out.forward(out);

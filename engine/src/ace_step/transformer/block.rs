@@ -2,12 +2,10 @@
 
 use burn::tensor::Tensor;
 
-use super::attention::{ContextStates, CrossAttention, LinearAttention};
+use super::attention::{CrossAttention, LinearAttention, Surroundings};
 use super::config::Config;
 use super::feed_forward::GluMbConv;
-use super::rope::Table;
 use crate::error::Result;
-use crate::nn::bias::BiasProvider;
 use crate::nn::hooks::Hooks;
 use crate::nn::norm::rms;
 use crate::weights::Weights;
@@ -21,15 +19,6 @@ pub(in crate::ace_step) struct Block {
     pub(in crate::ace_step) attn: LinearAttention,
     pub(in crate::ace_step) cross_attn: CrossAttention,
     ff: GluMbConv,
-}
-
-/// What a block needs beside the frames.
-pub(super) struct Surroundings<'a> {
-    pub(super) context: &'a ContextStates,
-    pub(super) bias: (&'a dyn BiasProvider, usize),
-    pub(super) rope: &'a Table,
-    pub(super) frame_mask: Option<&'a Tensor<2>>,
-    pub(super) tau: Option<f32>,
 }
 
 impl Block {
@@ -60,9 +49,7 @@ impl Block {
         let y = self.attn.forward(y, around.rope, around.frame_mask, around.tau, &hooks.at("attn"));
         let x = x + row(2) * y;
 
-        let Surroundings { context, bias, rope, frame_mask, tau } = *around;
-        let y =
-            self.cross_attn.forward(x.clone(), context, rope, bias, frame_mask, tau, &hooks.at("cross_attn"));
+        let y = self.cross_attn.forward(x.clone(), around, &hooks.at("cross_attn"));
         let x = x + y;
 
         let y = rms(x.clone(), EPSILON);

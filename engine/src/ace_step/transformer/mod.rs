@@ -37,6 +37,7 @@ use crate::nn::linear::Linear;
 use crate::nn::rows::indices;
 use crate::weights::Weights;
 use attention::ContextStates;
+pub(super) use attention::Surroundings;
 
 /// The transformer of ACE-Step v1.
 pub struct Transformer {
@@ -247,7 +248,7 @@ impl Transformer {
             x = x.clone() + matched(control.clone(), x).mul_scalar(*factor);
         }
         for (index, block) in self.blocks.iter().enumerate() {
-            let surroundings = block::Surroundings {
+            let surroundings = Surroundings {
                 context: &context.states[index],
                 bias: (&context.padding, index),
                 rope,

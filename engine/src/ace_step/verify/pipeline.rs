@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use super::Context;
 use super::transformer::{ids, mask};
 use crate::ace_step::frames_of_seconds;
-use crate::ace_step::sampling::{self, EditOptions, Song, Task};
+use crate::ace_step::sampling::{self, Edit, Song, Task};
 use crate::ace_step::transformer::{Config, Prompt, Transformer};
 use crate::diffusion::noise::NoiseFile;
 use crate::diffusion::scheduler::Kind;
@@ -81,9 +81,9 @@ pub(super) fn check(context: &Context<'_>) -> Result<Vec<Comparison>> {
                     lyric_mask: all(io.shape("edit.target_lyric_token_idx")?),
                     lyrics: tokens,
                 };
-                let edit = EditOptions { n_min, n_max, n_avg };
-                let latent = latent.clone();
-                sampling::edit(&model, &prompt, &target, latent, edit, &case.options, noise, on_step)?
+                let (source, latent) = (prompt.clone(), latent.clone());
+                let edit = Edit { source, target, latent, n_min, n_max, n_avg };
+                sampling::edit(&model, &edit, &case.options, noise, on_step)?
             }
             _ => {
                 let range = frames_of_seconds(case.repaint_start)..frames_of_seconds(case.repaint_end);

@@ -5,7 +5,9 @@ use burn::tensor::{Tensor, TensorData};
 
 use super::Context;
 use crate::ace_step::erg::Weaken;
-use crate::ace_step::transformer::{self, Config, DecodeOptions, Prompt, Transformer, positions};
+use crate::ace_step::transformer::{
+    self, Config, DecodeOptions, Prompt, Surroundings, Transformer, positions,
+};
 use crate::backend::Float;
 use crate::error::Result;
 use crate::nn::hooks::{Hooks, Recording};
@@ -137,15 +139,14 @@ pub(super) fn check(context: &Context<'_>) -> Result<Vec<Comparison>> {
     let attended =
         model.blocks[0].attn.forward(input.clone(), &rope, Some(&frame_mask), None, &Hooks::none());
     found.push(io.compare("masked.attn_out", attended, F32)?);
-    let crossed = model.blocks[0].cross_attn.forward(
-        input,
-        &prepared.states[0],
-        &rope,
-        (&prepared.padding, 0),
-        Some(&frame_mask),
-        None,
-        &Hooks::none(),
-    );
+    let around = Surroundings {
+        context: &prepared.states[0],
+        bias: (&prepared.padding, 0),
+        rope: &rope,
+        frame_mask: Some(&frame_mask),
+        tau: None,
+    };
+    let crossed = model.blocks[0].cross_attn.forward(input, &around, &Hooks::none());
     // Of frames that are padding, the file has zeros.
     let valid = crossed * frame_mask.unsqueeze_dim::<3>(2);
     found.push(io.compare("masked.cross_out_valid_rows", valid, F32)?);

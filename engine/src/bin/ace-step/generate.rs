@@ -12,7 +12,7 @@ use engine::Error;
 use engine::ace_step::lyrics::{Language, Lyrics};
 use engine::ace_step::pipeline::Pipeline;
 use engine::ace_step::plan::{Plan, Request};
-use engine::ace_step::sampling::{self, EditOptions, Song, Task};
+use engine::ace_step::sampling::{self, Edit, Task};
 use engine::ace_step::{SAMPLE_RATE, SONG_RATE, frames_of_seconds};
 use engine::audio::wav::{Format, Sound};
 use engine::command::interrupt;
@@ -174,16 +174,17 @@ pub fn generate(console: &Console, arguments: &Arguments) -> Result<Outcome> {
     let on_step = &mut |step: &sampling::Step| steps.step(step);
     let sampled = match (&target, &latent) {
         (Some(target), Some(latent)) => {
-            let edit = EditOptions {
+            let edit = Edit {
+                source: encoded.song.prompt.clone(),
+                target: target.song.prompt.clone(),
+                latent: latent.clone(),
                 n_min: arguments.edit_min,
                 n_max: arguments.edit_max,
                 n_avg: arguments.edit_average,
             };
-            let (old, new) = (&encoded.song.prompt, &target.song.prompt);
-            sampling::edit(&transformer, old, new, latent.clone(), edit, &options, &mut noise, on_step)
+            sampling::edit(&transformer, &edit, &options, &mut noise, on_step)
         }
         _ => {
-            let Song { .. } = &encoded.song;
             let frames = latent.as_ref().map_or(frames, |latent| latent.dims()[3]);
             let task = arguments.task(latent)?;
             sampling::sample(&transformer, &encoded.song, frames, &task, &options, &mut noise, on_step)
