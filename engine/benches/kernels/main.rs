@@ -14,9 +14,11 @@
 //! weights    random weights and what they are dequantised to
 //! gpu        kernels in recorded graphs, for a launch costs the host more than most kernels the device
 //! native     kernels of the processor, those of `engine::native`
+//! ace_step   parts of ACE-Step, as eager operations
 //! suite      measurements, by criterion, and the table of ratios
 //! ```
 
+mod ace_step;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod gpu;
 // The files of the engine have more than is measured.
@@ -44,6 +46,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             #[cfg(not(any(feature = "wgpu", feature = "cuda")))]
             Backend::Wgpu | Backend::Cuda => {}
         }
+        ace_step::measure(&mut suite, &device)?;
     }
     suite.finish()
 }
