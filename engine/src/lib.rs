@@ -1,4 +1,4 @@
-//! Runs GPT-OSS on [Burn](https://burn.dev) from weights that `formats` has verified.
+//! Runs GPT-OSS and ACE-Step on [Burn](https://burn.dev) from weights that `formats` has verified.
 //!
 //! # Architecture
 //!
@@ -15,6 +15,12 @@
 //!                 harmony      conversations ⇄ tokens
 //!                    │
 //!             command gptoss   chat, parity, bench, selftest, …
+//!
+//!   formats ───► weights       tensors of a component by name and shape, for a model's one constructor
+//!                    │
+//!   nn, audio ─► ace_step      text, transformer, autoencoder, vocoder, the pipeline ◄─── diffusion
+//!                    │
+//!             command ace-step   generate, verify, shapes, plan, demo
 //! ```
 //!
 //! | module | depends on |
@@ -27,10 +33,13 @@
 //! | [`gpt_oss`] | [`nn`], [`native`], [`gpu`], [`sampling`], `formats` |
 //! | [`harmony`] | `formats` for the vocabulary, the crate `openai-harmony` |
 //! | [`demo`], [`selftest`] | [`gpt_oss`], [`kernels`], and the files of `fixtures` that they embed |
+//! | [`weights`], [`reference`](mod@reference) | `formats` for SafeTensors, [`backend`], [`nn`] |
+//! | [`diffusion`], [`audio`] | [`error`], [`backend`], [`reference`](mod@reference) for files of noise |
+//! | [`ace_step`] | [`weights`], [`nn`], [`diffusion`], [`audio`], [`kernels`] |
 //!
 //! What a model needs is decided once, from the header: [`gpt_oss::Residency`] says what will reside where and refuses
 //! what cannot fit, [`gpt_oss::Model`] then loads exactly that. [`gpt_oss::Session`] is one sequence of tokens, and
-//! [`harmony::Chat`] is what it says.
+//! [`harmony::Chat`] is what it says. [`ace_step`] says the same of music in its own words.
 
 pub mod ace_step;
 pub mod audio;
