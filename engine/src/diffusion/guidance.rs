@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 pub enum Cfg {
     /// [`apg`].
     Apg,
-    /// [`cfg`].
+    /// [`cfg()`].
     Cfg,
     /// [`cfg_zero_star`].
     CfgStar,

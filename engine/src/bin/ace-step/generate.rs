@@ -35,13 +35,14 @@ pub struct Arguments {
     /// What the music shall be like: genres, instruments, moods, tempo.
     #[arg(long, value_name = "TEXT")]
     prompt: String,
-    /// What is sung, with tags such as [verse] and [chorus] on lines of their own; nothing is instrumental.
+    /// What is sung, with tags of the structure, such as verse and chorus, in square brackets on lines of their own; nothing is
+    /// instrumental.
     #[arg(long, value_name = "TEXT")]
     lyrics: Option<String>,
     /// A file of lyrics.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     lyrics_file: Option<PathBuf>,
-    /// Language of lines that name none ([de] at the start of a line names one).
+    /// Language of lines that name none; a code in square brackets before a line names one.
     #[arg(long, value_name = "CODE", default_value = "en")]
     language: Language,
     /// Vocabulary of the lyric tokenizer, `vocab.json` of the original repository [default: in the checkpoint's folder].
