@@ -152,7 +152,7 @@ impl Schedule {
 
     /// Takes levels for a run, each but the first of which is visited twice.
     fn visit_twice(&mut self, levels: Vec<f32>) {
-        let (first, rest) = levels.split_at(1);
+        let (first, rest) = levels.split_at(1.min(levels.len()));
         let twice = first.iter().chain(rest.iter().flat_map(|sigma| [sigma, sigma]));
         self.visit(twice.copied().collect());
     }
@@ -185,17 +185,28 @@ pub trait Scheduler {
     /// The noise levels.
     fn schedule(&self) -> &Schedule;
 
+    /// Takes the noise levels of a run as they are, at least one; a step that was begun is forgotten.
+    fn set_levels(&mut self, levels: Vec<f32>);
+
     /// Sets the times of a run of so many steps.
     ///
     /// # Errors
     /// [`Error::Model`] where there is none.
-    fn set_timesteps(&mut self, steps: usize) -> Result<()>;
+    fn set_timesteps(&mut self, steps: usize) -> Result<()> {
+        let levels = self.schedule().levels(steps)?;
+        self.set_levels(levels);
+        Ok(())
+    }
 
     /// Sets noise levels of one's own, which are shifted.
     ///
     /// # Errors
     /// [`Error::Model`] for a level that is none.
-    fn set_sigmas(&mut self, sigmas: &[f32]) -> Result<()>;
+    fn set_sigmas(&mut self, sigmas: &[f32]) -> Result<()> {
+        let levels = self.schedule().custom(sigmas)?;
+        self.set_levels(levels);
+        Ok(())
+    }
 
     /// The sample of the next time. The velocity may be bf16; then so is the result, and what is added is rounded to it. Noise
     /// is what [`Scheduler::needs_noise`] asks for.
@@ -270,16 +281,8 @@ impl Scheduler for FlowMatchEuler {
         &self.0
     }
 
-    fn set_timesteps(&mut self, steps: usize) -> Result<()> {
-        let levels = self.0.levels(steps)?;
+    fn set_levels(&mut self, levels: Vec<f32>) {
         self.0.visit(levels);
-        Ok(())
-    }
-
-    fn set_sigmas(&mut self, sigmas: &[f32]) -> Result<()> {
-        let levels = self.0.custom(sigmas)?;
-        self.0.visit(levels);
-        Ok(())
     }
 
     fn step(
@@ -318,11 +321,6 @@ impl FlowMatchHeun {
     pub fn new(schedule: Schedule) -> FlowMatchHeun {
         FlowMatchHeun { schedule, first: None }
     }
-
-    fn set(&mut self, levels: Vec<f32>) {
-        self.schedule.visit_twice(levels);
-        self.first = None;
-    }
 }
 
 impl Scheduler for FlowMatchHeun {
@@ -330,16 +328,9 @@ impl Scheduler for FlowMatchHeun {
         &self.schedule
     }
 
-    fn set_timesteps(&mut self, steps: usize) -> Result<()> {
-        let levels = self.schedule.levels(steps)?;
-        self.set(levels);
-        Ok(())
-    }
-
-    fn set_sigmas(&mut self, sigmas: &[f32]) -> Result<()> {
-        let levels = self.schedule.custom(sigmas)?;
-        self.set(levels);
-        Ok(())
+    fn set_levels(&mut self, levels: Vec<f32>) {
+        self.schedule.visit_twice(levels);
+        self.first = None;
     }
 
     fn step(
@@ -392,16 +383,8 @@ impl Scheduler for PingPong {
         &self.0
     }
 
-    fn set_timesteps(&mut self, steps: usize) -> Result<()> {
-        let levels = self.0.levels(steps)?;
+    fn set_levels(&mut self, levels: Vec<f32>) {
         self.0.visit(levels);
-        Ok(())
-    }
-
-    fn set_sigmas(&mut self, sigmas: &[f32]) -> Result<()> {
-        let levels = self.0.custom(sigmas)?;
-        self.0.visit(levels);
-        Ok(())
     }
 
     fn needs_noise(&self) -> bool {
