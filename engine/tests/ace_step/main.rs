@@ -6,6 +6,7 @@ mod command;
 mod devices;
 mod diffusion;
 mod fixture;
+mod generate;
 mod pipeline;
 mod text;
 mod transformer;
