@@ -111,27 +111,27 @@ impl MusicEncoder {
         Ok(MusicEncoder { encoder, mel: vocoder.config.mel.clone(), device: device.burn().clone() })
     }
 
-    /// Sound of one or two channels at any rate → f32 latents `[1, 8, rows, frames]`. The spectrogram is cut to whole frames of
-    /// a latent: up to 93 ms at the end are lost.
+    /// Sound of one or two channels at any rate → f32 latents `[1, 8, rows, frames]`. Silence at the end makes its frames whole,
+    /// so that latents are up to 93 ms longer.
     ///
     /// # Errors
-    /// [`Error::Argument`] for sound shorter than a frame of a latent, with more channels, or with what is no number.
+    /// [`Error::Argument`] for no sound at all, with more channels, at a rate that is none, or with what is no number.
     pub fn encode(&self, sound: &Sound) -> Result<Tensor<4>> {
-        let sound = sound.clone().stereo()?.resampled(self.mel.sampling_rate)?;
-        let frames = self.mel.frames(sound.len()) / MEL_FRAMES * MEL_FRAMES;
-        if frames == 0 {
+        if sound.is_empty() {
             return Err(Error::Argument {
                 operation: "encoding sound",
                 argument: "sound",
-                found: format!("{:.3} s", sound.seconds()),
-                needed: "0.1 s at least".into(),
+                found: "no samples".into(),
+                needed: "one at least".into(),
             });
         }
+        let mut sound = sound.clone().stereo()?.resampled(self.mel.sampling_rate)?;
+        let length = sound.len().next_multiple_of(self.mel.hop_length * MEL_FRAMES);
+        let frames = self.mel.frames(length);
         let mut values = Vec::new();
-        for channel in &sound.channels {
-            for band in self.mel.compute(channel)? {
-                values.extend_from_slice(&band[..frames]);
-            }
+        for channel in &mut sound.channels {
+            channel.resize(length, 0.0);
+            values.extend(self.mel.compute(channel)?.concat());
         }
         let shape = [1, sound.channels.len(), self.mel.n_mels, frames];
         let log_mel = Tensor::<4>::from_data(TensorData::new(values, shape), &self.device);

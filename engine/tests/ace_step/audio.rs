@@ -133,14 +133,18 @@ fn what_was_decoded_can_be_encoded() {
     };
     let at = |rate, seconds| Sound { channels: vec![tone(rate, seconds)], rate };
     let latent = encoder.encode(&at(44100, 1.0)).unwrap();
-    assert_eq!(latent.dims(), [1, 8, 16, 10]);
+    // As the original pads: 44100 samples are 10.8 frames of 4096.
+    assert_eq!(latent.dims(), [1, 8, 16, 11]);
+    assert_eq!(encoder.encode(&at(44100, 0.01)).unwrap().dims(), [1, 8, 16, 1]);
     // The same tone at another rate is nearly the same latent.
     let other = encoder.encode(&at(48000, 1.0)).unwrap();
     let values = |x: Tensor<4>| -> Vec<f32> { x.into_data().try_to_vec().unwrap() };
     let (a, b) = (values(latent), values(other));
     let difference = a.iter().zip(&b).map(|(a, b)| (a - b).powi(2)).sum::<f32>();
     assert!(difference < 1e-2 * a.iter().map(|a| a * a).sum::<f32>(), "{difference}");
-    assert!(matches!(encoder.encode(&at(44100, 0.01)), Err(Error::Argument { .. })));
+    assert!(matches!(encoder.encode(&at(44100, 0.0)), Err(Error::Argument { argument: "sound", .. })));
+    let hostile = Sound { rate: 4_294_967_291, ..at(44100, 0.1) };
+    assert!(matches!(encoder.encode(&hostile), Err(Error::Argument { argument: "rate", .. })));
     let many = Sound { channels: vec![tone(44100, 1.0); 3], rate: 44100 };
     assert!(matches!(encoder.encode(&many), Err(Error::Argument { argument: "channels", .. })));
 }
@@ -155,7 +159,16 @@ fn a_sine_is_the_same_sine_at_another_rate() {
         assert!((f64::from(found) - sine(48000.0, index)).abs() < 5e-3, "{index}: {found}");
     }
     assert_eq!(resample(&samples, 44100, 44100).unwrap(), samples);
-    assert!(resample(&samples, 0, 1).is_err());
+    // Rates without a common factor have a filter for each of 44100 places.
+    let odd = resample(&samples, 44101, 44100).unwrap();
+    assert_eq!(odd.len(), 4410);
+    for (index, &found) in odd.iter().enumerate().take(4300).skip(100) {
+        let truth = (index as f64 / 44100.0 * 44101.0 / 44100.0 * 1000.0 * std::f64::consts::TAU).sin();
+        assert!((f64::from(found) - truth).abs() < 5e-3, "{index}: {found}, {truth}");
+    }
+    for (from, to) in [(0, 1), (44100, 0), (u32::MAX, 44100), (44100, u32::MAX)] {
+        assert!(matches!(resample(&samples, from, to), Err(Error::Argument { argument: "rate", .. })));
+    }
 }
 
 #[test]

@@ -13,7 +13,7 @@ use engine::ace_step::lyrics::{Language, Lyrics};
 use engine::ace_step::pipeline::Pipeline;
 use engine::ace_step::plan::{Plan, Request};
 use engine::ace_step::sampling::{self, Edit, Task};
-use engine::ace_step::{SAMPLE_RATE, SONG_RATE, frames_of_seconds};
+use engine::ace_step::{HOP, MEL_FRAMES, SAMPLE_RATE, SONG_RATE, frames_of_seconds};
 use engine::audio::wav::{Format, Sound};
 use engine::command::interrupt;
 use engine::diffusion::noise::{Noise, NoiseFile, RecordedNoise, SeededNoise};
@@ -134,13 +134,12 @@ pub fn generate(console: &Console, arguments: &Arguments) -> Result<Outcome> {
     let pipeline = Pipeline::open(&arguments.checkpoint, vocab.as_deref(), &device, types)?;
     let recording = arguments.reference.as_ref().or(arguments.source.as_ref());
     let recording = recording.map(|file| read(file)).transpose()?;
-    let seconds = match (&recording, arguments.seconds) {
+    let frames = match (&recording, arguments.seconds) {
         (Some(_), Some(_)) => bail!("--seconds: a recording has its own length"),
-        (Some(sound), None) => sound.seconds(),
-        (None, seconds) => seconds.unwrap_or(60.0),
+        (Some(sound), None) => sound.len().div_ceil(HOP * MEL_FRAMES),
+        (None, seconds) => frames_of_seconds(seconds.unwrap_or(60.0)),
     };
-    let frames = frames_of_seconds(seconds);
-    ensure!(frames > 0, "a song of {seconds} s; needed 0.1 at least");
+    ensure!(frames > 0, "a song without a frame; needed 0.1 s at least");
 
     let [text_tokens, lyric_tokens] = pipeline.count(&arguments.prompt, &lyrics)?;
     let request = Request { frames, batch: 1, text_tokens, lyric_tokens, types };
